@@ -1,0 +1,145 @@
+// The only file that knows Python. It takes addresses, shapes and strides as integers (no header of torch), and picks the
+// build of the CPU kernels that suits the processor. Callers in kd_kernels/*/cpp_impl.py have checked shapes and dtypes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/row_loss.h"
+#include "cpu/topk.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The best instruction set that the processor has. KD_ISA=baseline|avx2 asks for a lesser one, for tests.
+Isa detect() {
+  Isa best = Isa::baseline;
+#if KD_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    best = Isa::avx512;
+  if (const char* asked = std::getenv("KD_ISA")) {
+    const std::string name = asked;
+    if (name == "baseline") best = Isa::baseline;
+    else if (name == "avx2" && best != Isa::baseline) best = Isa::avx2;
+    else if (name != "avx512" || best != Isa::avx512)
+      throw std::runtime_error("kd_kernels: KD_ISA must be one that this processor has (baseline, avx2, avx512), got " + name);
+  }
+#endif
+  return best;
+}
+const Isa kIsa = detect();
+
+#if KD_X86
+#define KD_DISPATCH(call)                         \
+  switch (kIsa) {                                 \
+    case Isa::avx512: return kd::avx512::call;    \
+    case Isa::avx2: return kd::avx2::call;        \
+    default: return kd::baseline::call;           \
+  }
+#else
+#define KD_DISPATCH(call) return kd::baseline::call;
+#endif
+
+// raw address, row stride, bias address or 0, scale, softcap or 0
+using RawTuple = std::tuple<Address, int64_t, Address, double, double>;
+
+template <class S> kd::RawLogits<S> raw_logits(const RawTuple& t) {
+  return {pointer<const S>(std::get<0>(t)), std::get<1>(t), pointer<const S>(std::get<2>(t)), std::get<3>(t), std::get<4>(t)};
+}
+
+struct Job {
+  int64_t rows, vocab;
+  RawTuple student;
+  std::string formula;
+  std::vector<double> params;
+  double temperature, kd_weight, ce_weight;
+  Address labels, weight, gradient;
+  int64_t gradient_stride;
+  Address loss, stats, status;
+  int threads;
+};
+
+int formula_number(const std::string& name) { KD_DISPATCH(formula_number(name.c_str())) }
+
+template <class S> kd::RowLoss<S> row_loss(const Job& job) {
+  const int formula = formula_number(job.formula);
+  if (formula < 0) throw std::invalid_argument("kd_kernels._C: no formula named " + job.formula);
+  return {job.rows, job.vocab, raw_logits<S>(job.student), formula, job.params.data(), job.temperature, job.kd_weight,
+          job.ce_weight, pointer<const int64_t>(job.labels), pointer<const double>(job.weight), pointer<S>(job.gradient),
+          job.gradient_stride, pointer<double>(job.loss), pointer<double>(job.stats), pointer<int32_t>(job.status),
+          job.threads};
+}
+
+template <class S> void dense(const Job& job, const RawTuple& teacher) {
+  KD_DISPATCH(dense_rows(row_loss<S>(job), raw_logits<S>(teacher)))
+}
+
+// offsets, ids, logprobs, tail or 0, importance or 0, treatment
+using SparseTuple = std::tuple<Address, Address, Address, Address, Address, int>;
+
+template <class S> void sparse(const Job& job, const SparseTuple& t) {
+  const kd::SparseRows<S> teacher{pointer<const int64_t>(std::get<0>(t)), pointer<const int64_t>(std::get<1>(t)),
+                                  pointer<const S>(std::get<2>(t)),       pointer<const S>(std::get<3>(t)),
+                                  pointer<const S>(std::get<4>(t)),       static_cast<kd::Tail>(std::get<5>(t))};
+  KD_DISPATCH(sparse_rows(row_loss<S>(job), teacher))
+}
+
+template <class S>
+void topk(Address panel, int64_t stride, int64_t rows, int64_t first_column, int64_t columns, bool is_last, int64_t k,
+          double mass, const std::vector<double>& temperatures, Address candidates, int64_t capacity, Address running,
+          Address counts, Address ids, Address logprobs, Address tail_logprob, Address log_z, int threads) {
+  std::vector<double> inverses;
+  for (const double t : temperatures) inverses.push_back(1.0 / t);
+  const kd::TopkRows<S> job{pointer<const S>(panel), stride, rows, first_column, columns, is_last, k, mass,
+                            inverses.data(), static_cast<int64_t>(inverses.size()),
+                            pointer<kd::Candidate<S>>(candidates), capacity, pointer<double>(running),
+                            pointer<int64_t>(counts), pointer<int64_t>(ids), pointer<S>(logprobs),
+                            pointer<S>(tail_logprob), pointer<S>(log_z), threads};
+  KD_DISPATCH(topk_rows(job))
+}
+
+template <class S> void define_topk(py::module_& m, const char* name) {
+  m.def(name, &topk<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("panel"), py::arg("stride"),
+        py::arg("rows"), py::arg("first_column"), py::arg("columns"), py::arg("is_last"), py::arg("k"), py::arg("mass"),
+        py::arg("temperatures"), py::arg("candidates"), py::arg("capacity"), py::arg("running"), py::arg("counts"),
+        py::arg("ids"), py::arg("logprobs"), py::arg("tail_logprob"), py::arg("log_z"), py::arg("threads"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of kd_kernels on the CPU. Private: addresses go in unchecked.";
+  m.attr("isa") = kIsa == Isa::avx512 ? "avx512" : kIsa == Isa::avx2 ? "avx2" : "baseline";
+  py::class_<Job>(m, "Job")
+      .def(py::init([](int64_t rows, int64_t vocab, RawTuple student, std::string formula, std::vector<double> params,
+                       double temperature, double kd_weight, double ce_weight, Address labels, Address weight,
+                       Address gradient, int64_t gradient_stride, Address loss, Address stats, Address status, int threads) {
+             return Job{rows, vocab, student, formula, params, temperature, kd_weight, ce_weight, labels, weight, gradient,
+                        gradient_stride, loss, stats, status, threads};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("vocab"), py::arg("student"), py::arg("formula"), py::arg("params"),
+           py::arg("temperature"), py::arg("kd_weight"), py::arg("ce_weight"), py::arg("labels"), py::arg("weight"),
+           py::arg("gradient"), py::arg("gradient_stride"), py::arg("loss"), py::arg("stats"), py::arg("status"),
+           py::arg("threads"));
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  m.def("dense_rows_fp32", &dense<float>, released);
+  m.def("dense_rows_fp64", &dense<double>, released);
+  m.def("sparse_rows_fp32", &sparse<float>, released);
+  m.def("sparse_rows_fp64", &sparse<double>, released);
+  m.attr("topk_slack") = kd::kTopkSlack;
+  define_topk<float>(m, "topk_rows_fp32");
+  define_topk<double>(m, "topk_rows_fp64");
+}

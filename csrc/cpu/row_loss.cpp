@@ -1,0 +1,446 @@
+// One row of student logits against one row of a teacher: loss, statistics, and the gradient with respect to the raw
+// products. A row stays in cache from its first read to its last: normaliser, sum of (f, g), gradient.
+//
+// With f and g of the divergence (terms.h) and G = sum g, the gradient with respect to a tempered logit is g - q G. A sparse
+// teacher goes through the same two numbers: its kept ids, and the tail as one more event, are a short row of their own.
+#include "row_loss.h"
+
+#include <cstdlib>
+
+#include "kd/simd.h"
+#include "kd/terms.h"
+
+namespace kd {
+namespace KD_ISA {
+namespace {
+
+constexpr int64_t kBlock = 2048;  // columns summed in single precision before they join a double
+
+template <class S> constexpr S kInf = std::numeric_limits<S>::infinity();
+
+// A row of tempered logits with its normaliser: log-probability = (z - max) - log_sum.
+template <class S> struct Normalised {
+  const S* z;
+  S max;
+  double sum;  // of exp(z - max)
+  S log_sum;
+  S logprob(int64_t v) const { return (z[v] - max) - log_sum; }
+  bool is_finite() const { return sum > 0 && sum < kInf<double>; }
+};
+
+template <class T> KD_INLINE T tanh(T x) {  // odd; e^(-2|x|) keeps it from overflowing
+  const T a = abs(x);
+  const T e = exp(splat<T>(-2.0) * a);
+  const T y = where(a < splat<T>(0.02), a - a * a * a * splat<T>(1.0 / 3.0), (splat<T>(1.0) - e) / (splat<T>(1.0) + e));
+  return where(x < splat<T>(0), -y, y);
+}
+template <> inline __attribute__((always_inline)) double tanh<double>(double x) { return std::tanh(x); }
+
+// Calls body(V or S, column) over [begin, end): whole vectors, then single columns.
+template <class S, class Body> KD_INLINE void over_columns(int64_t begin, int64_t end, Body body) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t width = Lanes<S>::width;
+  int64_t v = begin;
+  for (; v + width <= end; v += width) body(V{}, v);
+  if constexpr (width > 1)
+    for (; v < end; ++v) body(S{}, v);
+}
+
+// The same with a running sum: body returns one addend a column. Blocks are summed in S, the row in double.
+template <class S, class Body> KD_INLINE double sum_columns(int64_t n, Body body) {
+  using V = typename Lanes<S>::V;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    V lanes{};
+    double rest = 0;
+    over_columns<S>(begin, end, [&](auto lane, int64_t v) {
+      if constexpr (sizeof(lane) == sizeof(V)) lanes += body(lane, v);
+      else rest += body(lane, v);
+    });
+    total += lane_sum(lanes) + rest;
+  }
+  return total;
+}
+
+template <class S> KD_INLINE S row_max(const S* z, int64_t n) {
+  using V = typename Lanes<S>::V;
+  V lanes = V{} - kInf<S>;
+  S rest = -kInf<S>;
+  over_columns<S>(0, n, [&](auto lane, int64_t v) {
+    if constexpr (sizeof(lane) == sizeof(V)) lanes = maximum(load<V>(z + v), lanes);
+    else rest = z[v] > rest ? z[v] : rest;
+  });
+  const S best = lane_max<S>(lanes);
+  return best > rest ? best : rest;
+}
+
+// sum exp(factor (z - max)): NaN if any z is NaN or +inf, or if all are -inf.
+template <class S> KD_INLINE double sum_exp(const S* z, S max, double factor, int64_t n) {
+  if (factor == 1.0)
+    return sum_columns<S>(n, [=](auto lane, int64_t v) {
+      using T = decltype(lane);
+      return exp(load<T>(z + v) - (T{} + max));
+    });
+  return sum_columns<S>(n, [=](auto lane, int64_t v) {
+    using T = decltype(lane);
+    return exp((load<T>(z + v) - (T{} + max)) * splat<T>(factor));
+  });
+}
+
+// Tempered logits of one row: the raw row itself where there is nothing to do, else written to scratch.
+template <class S> const S* tempered(const RawLogits<S>& logits, int64_t row, double temperature, S* scratch, int64_t n) {
+  const S* raw = logits.raw + row * logits.stride;
+  if (logits.is_plain() && temperature == 1.0) return raw;
+  const double factor = logits.softcap > 0 ? logits.scale / logits.softcap : logits.scale / temperature;
+  const double height = logits.softcap / temperature;
+  over_columns<S>(0, n, [&](auto lane, int64_t v) {
+    using T = decltype(lane);
+    T z = load<T>(raw + v);
+    if (logits.bias) z += load<T>(logits.bias + v);
+    z = z * splat<T>(factor);
+    if (logits.softcap > 0) z = tanh(z) * splat<T>(height);
+    store(scratch + v, z);
+  });
+  return scratch;
+}
+
+template <class S> Normalised<S> normalised(const S* z, int64_t n) {
+  const S max = row_max(z, n);
+  const double sum = sum_exp(z, max, 1.0, n);
+  return {z, max, sum, static_cast<S>(std::log(sum))};
+}
+
+// Sum of f and of g over n columns, g written down. `weight` (importance) may be null.
+struct Sums { double f, g; };
+template <class Formula, class S>
+Sums sweep(const Normalised<S>& p, const Normalised<S>& q, const S* weight, const double* params, int64_t n, S* g_out) {
+  using V = typename Lanes<S>::V;
+  Sums total{0, 0};
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    V f_lanes{}, g_lanes{};
+    double f_rest = 0, g_rest = 0;
+    over_columns<S>(begin, end, [&](auto lane, int64_t v) {
+      using T = decltype(lane);
+      const T logp = (load<T>(p.z + v) - (T{} + p.max)) - (T{} + p.log_sum);
+      const T logq = (load<T>(q.z + v) - (T{} + q.max)) - (T{} + q.log_sum);
+      T f, g;
+      Formula::template terms<T>(logp, logq, params, f, g);
+      if (weight) {
+        f *= load<T>(weight + v);
+        g *= load<T>(weight + v);
+      }
+      store(g_out + v, g);
+      if constexpr (sizeof(T) == sizeof(V)) f_lanes += f, g_lanes += g;
+      else f_rest += f, g_rest += g;
+    });
+    total.f += lane_sum(f_lanes) + f_rest;
+    total.g += lane_sum(g_lanes) + g_rest;
+  }
+  return total;
+}
+
+template <class S> using Sweep = Sums (*)(const Normalised<S>&, const Normalised<S>&, const S*, const double*, int64_t, S*);
+template <class S> Sweep<S> sweep_of(int formula) {
+#define KD_ENTRY(Formula) &sweep<Formula, S>,
+  static constexpr Sweep<S> table[] = {KD_FOR_EACH_FORMULA(KD_ENTRY)};
+#undef KD_ENTRY
+  return table[formula];
+}
+
+// -sum q log q, as log_sum - sum q (z - max): no logarithm a column.
+template <class S> double entropy(const Normalised<S>& q, int64_t n) {
+  const double weighted = sum_columns<S>(n, [&](auto lane, int64_t v) {
+    using T = decltype(lane);
+    const T gap = load<T>(q.z + v) - (T{} + q.max);
+    return where(gap > splat<T>(-1e30), exp(gap) * gap, T{});
+  });
+  return std::log(q.sum) - weighted / q.sum;
+}
+
+template <class S> int64_t first_index_of(const S* z, S value, int64_t n) {
+  for (int64_t v = 0; v < n; ++v)
+    if (z[v] == value) return v;
+  return -1;
+}
+
+// Memory of one thread, for as long as the pass lasts.
+template <class S> struct Scratch {
+  S* data;
+  explicit Scratch(int64_t count)
+      : data(static_cast<S*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(S) + 63) / 64 * 64 + 64))) {}
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+};
+
+// The parts that dense and sparse rows share: cross-entropy, and the derivative of softcap and scale.
+template <class S> struct StudentRow {
+  const RowLoss<S>& job;
+  Normalised<S> q;
+  int64_t label;          // -1 where none is wanted
+  double untempered_sum;  // of exp(T (z - max)): the normaliser of the cross-entropy
+  bool wants_ce;
+
+  double label_logprob(S z_label) const {
+    return (static_cast<double>(z_label) - q.max) * job.temperature - std::log(untempered_sum);
+  }
+  // d logit / d raw, given the tempered logit.
+  template <class T> T slope(T z) const {
+    const T scale = splat<T>(job.student.scale);
+    if (job.student.softcap == 0) return scale;
+    const T relative = z * splat<T>(job.temperature / job.student.softcap);
+    return scale * (splat<T>(1.0) - relative * relative);
+  }
+  // ce_weight * softmax at temperature 1.
+  template <class T> T ce_share(T z, T q_tempered) const {
+    if (job.temperature == 1.0) return q_tempered * splat<T>(job.ce_weight);
+    const T gap = (z - (T{} + q.max)) * splat<T>(job.temperature);
+    return exp(gap) * splat<T>(job.ce_weight / untempered_sum);
+  }
+};
+
+template <class S> bool open_row(const RowLoss<S>& job, int64_t row) {
+  job.loss[row] = 0;
+  job.status[row] = 0;
+  if (job.stats)
+    for (int i = 0; i < kStats; ++i) job.stats[row * kStats + i] = std::nan("");
+  if (job.weight[row] != 0) return true;
+  if (job.gradient) std::memset(job.gradient + row * job.gradient_stride, 0, sizeof(S) * job.vocab);
+  return false;
+}
+
+// The label if the row needs one; -1 if not, or if it is out of range (then the row's status says so).
+template <class S> int64_t label_of(const RowLoss<S>& job, int64_t row) {
+  if (!job.labels || (job.ce_weight == 0 && !job.stats)) return -1;
+  const int64_t label = job.labels[row];
+  if (label >= 0 && label < job.vocab) return label;
+  job.status[row] |= kBadLabel;
+  return -1;
+}
+
+template <class S> void dense_row(const RowLoss<S>& job, const RawLogits<S>& teacher, int64_t row, S* scratch) {
+  const int64_t n = job.vocab;
+  S* g = scratch;
+  S* z_scratch = scratch + n;
+  // The teacher's tempered row may share its memory with g: sweep reads a column before it writes it.
+  const Normalised<S> p = normalised(tempered(teacher, row, job.temperature, g, n), n);
+  const Normalised<S> q = normalised(tempered(job.student, row, job.temperature, z_scratch, n), n);
+  if (!p.is_finite()) job.status[row] |= kBadTeacher;
+  if (!q.is_finite()) job.status[row] |= kBadStudent;
+  const int64_t label = label_of(job, row);
+  if (job.status[row]) return;
+
+  StudentRow<S> student{job, q, label, q.sum, job.ce_weight != 0 && label >= 0};
+  if (label >= 0 && job.temperature != 1.0) student.untempered_sum = sum_exp(q.z, q.max, job.temperature, n);
+  const double label_logprob = label >= 0 ? student.label_logprob(q.z[label]) : std::nan("");
+
+  if (job.stats) {  // before the sweep: g may overwrite the teacher's row
+    double* stats = job.stats + row * kStats;
+    const int64_t student_top1 = first_index_of(q.z, q.max, n), teacher_top1 = first_index_of(p.z, p.max, n);
+    stats[kStudentEntropy] = entropy(q, n);
+    stats[kTeacherEntropy] = entropy(p, n);
+    stats[kAgreement] = student_top1 == teacher_top1;
+    stats[kCapturedMass] = 1;
+    stats[kLabelLogprob] = label_logprob;
+    if (label >= 0) stats[kTeacherLabelLogprob] = p.logprob(label);
+    stats[kStudentTop1] = static_cast<double>(student_top1);
+    stats[kTeacherTop1] = static_cast<double>(teacher_top1);
+    stats[kStudentConfidence] = 1 / q.sum;
+    stats[kTeacherConfidence] = 1 / p.sum;
+  }
+  const Sums sums = sweep_of<S>(job.formula)(p, q, nullptr, job.params, n, g);
+  job.loss[row] = job.kd_weight * sums.f;
+  if (student.wants_ce) job.loss[row] -= job.ce_weight * label_logprob;
+  if (job.stats) job.stats[row * kStats + kDivergence] = sums.f;
+  if (!job.gradient) return;
+
+  S* out = job.gradient + row * job.gradient_stride;
+  const double kd = job.kd_weight / job.temperature, inverse_sum = 1 / q.sum;
+  const S slope_at_label = label >= 0 ? student.slope(q.z[label]) : S{};
+  over_columns<S>(0, n, [&](auto lane, int64_t v) {
+    using T = decltype(lane);
+    const T z = load<T>(q.z + v);
+    const T q_v = exp(z - (T{} + q.max)) * splat<T>(inverse_sum);
+    T slot = (load<T>(g + v) - q_v * splat<T>(sums.g)) * splat<T>(kd);
+    if (student.wants_ce) slot += student.ce_share(z, q_v);
+    store(out + v, slot * student.slope(z) * splat<T>(job.weight[row]));
+  });
+  if (student.wants_ce) out[label] -= static_cast<S>(job.weight[row] * job.ce_weight) * slope_at_label;
+}
+
+template <class S>
+void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row, S* z, S* events) {
+  const int64_t n = job.vocab, first = teacher.offsets[row], k = teacher.offsets[row + 1] - first;
+  const int64_t* ids = teacher.ids + first;
+  const S* given = teacher.logprobs + first;
+  const bool bucket = teacher.treatment == kBucket && !teacher.importance;
+  S *logp = events, *logq = logp + k + 1, *g = logq + k + 1, *kept_z = g + k + 1;
+
+  const S* raw = tempered(job.student, row, job.temperature, z, n);
+  if (raw != z) std::memcpy(z, raw, sizeof(S) * n);
+  const S max = row_max(z, n);
+  const int64_t label = label_of(job, row);
+  const S z_label = label >= 0 ? z[label] : S{};
+  const int64_t student_top1 = job.stats ? first_index_of(z, max, n) : -1;
+
+  // Take the kept logits out of the row, so that what remains is the tail: its mass is summed, never 1 - sum.
+  int64_t taken = 0;
+  for (; taken < k; ++taken) {
+    if (ids[taken] < 0 || ids[taken] >= n) break;
+    kept_z[taken] = z[ids[taken]];
+    if (kept_z[taken] != kept_z[taken]) break;  // NaN in the row, or an id that was taken before
+    z[ids[taken]] = std::numeric_limits<S>::quiet_NaN();
+  }
+  for (int64_t i = 0; i < taken; ++i) z[ids[i]] = -kInf<S>;
+  // A row all of -inf but for its kept ids has an empty tail; max is finite in every row that is in order.
+  const double tail_sum = sum_exp(z, max, 1.0, n);
+  double kept_sum = 0, kept_mass = 0;
+  bool is_probability = true;
+  for (int64_t i = 0; i < taken; ++i) {
+    kept_sum += std::exp(static_cast<double>(kept_z[i]) - max);
+    kept_mass += std::exp(static_cast<double>(given[i]));
+    is_probability &= given[i] <= S(1e-4);
+  }
+  const double sum = tail_sum + kept_sum;
+  const Normalised<S> q{z, max, sum, static_cast<S>(std::log(sum))};
+  if (!q.is_finite() || !(max < kInf<S>)) job.status[row] |= kBadStudent;
+  else if (taken < k) job.status[row] |= kBadIds;
+  if (!is_probability || (!teacher.importance && kept_mass > 1 + 1e-3)) job.status[row] |= kBadTeacher;
+  if (bucket && !(teacher.tail[row] <= S(1e-4))) job.status[row] |= kBadTail;
+  if (job.status[row]) return;
+
+  StudentRow<S> student{job, q, label, sum, job.ce_weight != 0 && label >= 0};
+  if (label >= 0 && job.temperature != 1.0) {
+    student.untempered_sum = sum_exp(z, max, job.temperature, n);
+    for (int64_t i = 0; i < k; ++i)
+      student.untempered_sum += std::exp((static_cast<double>(kept_z[i]) - max) * job.temperature);
+  }
+  const double label_logprob = label >= 0 ? student.label_logprob(z_label) : std::nan("");
+
+  // The short row of events: kept ids, and with "bucket" the tail.
+  const bool renormalise = teacher.treatment == kRenormalize && !teacher.importance;
+  const S p_shift = renormalise ? static_cast<S>(std::log(kept_mass)) : S{};
+  const S q_shift = renormalise ? static_cast<S>(std::log(kept_sum)) : q.log_sum;
+  for (int64_t i = 0; i < k; ++i) {
+    logp[i] = given[i] - p_shift;
+    logq[i] = (kept_z[i] - max) - q_shift;
+  }
+  int64_t count = k;
+  if (bucket) {
+    logp[k] = teacher.tail[row];
+    logq[k] = static_cast<S>(std::log(tail_sum) - std::log(sum));
+    ++count;
+  }
+  const S* importance = teacher.importance ? teacher.importance + first : nullptr;
+  const Sums sums = sweep_of<S>(job.formula)({logp, S{}, 1, S{}}, {logq, S{}, 1, S{}}, importance, job.params, count, g);
+  job.loss[row] = job.kd_weight * sums.f;
+  if (student.wants_ce) job.loss[row] -= job.ce_weight * label_logprob;
+
+  if (job.stats) {
+    double* stats = job.stats + row * kStats;
+    double p_log_p = 0, q_log_q = 0;
+    int64_t best = -1;
+    for (int64_t i = 0; i < k; ++i) {
+      const double l = given[i], gap = static_cast<double>(kept_z[i]) - max;
+      if (l > -1e30) p_log_p += std::exp(l) * l;
+      if (gap > -1e30) q_log_q += std::exp(gap) * gap;
+      if (best < 0 || given[i] > given[best] || (given[i] == given[best] && ids[i] < ids[best])) best = i;
+    }
+    q_log_q += sum_columns<S>(n, [&](auto lane, int64_t v) {
+      using T = decltype(lane);
+      const T gap = load<T>(z + v) - (T{} + max);
+      return where(gap > splat<T>(-1e30), exp(gap) * gap, T{});
+    });
+    const double tail = teacher.tail ? static_cast<double>(teacher.tail[row]) : -kInf<double>;
+    if (tail > -1e30) p_log_p += std::exp(tail) * tail;
+    stats[kDivergence] = sums.f;
+    stats[kStudentEntropy] = std::log(sum) - q_log_q / sum;
+    stats[kTeacherEntropy] = -p_log_p;
+    stats[kCapturedMass] = kept_mass;
+    stats[kLabelLogprob] = label_logprob;
+    stats[kStudentTop1] = static_cast<double>(student_top1);
+    stats[kStudentConfidence] = 1 / sum;
+    stats[kTeacherTop1] = -1;
+    stats[kAgreement] = 0;
+    if (best >= 0) {
+      stats[kAgreement] = student_top1 == ids[best];
+      stats[kTeacherTop1] = static_cast<double>(ids[best]);
+      stats[kTeacherConfidence] = std::exp(static_cast<double>(given[best]));
+    }
+    for (int64_t i = 0; i < k; ++i)
+      if (ids[i] == label) stats[kTeacherLabelLogprob] = given[i];
+  }
+  if (!job.gradient) return;
+
+  S* out = job.gradient + row * job.gradient_stride;
+  const double kd = job.kd_weight / job.temperature, inverse_sum = 1 / sum, weight = job.weight[row];
+  // What an id outside the kept set gets is proportional to its q: the tail's own g spread over it, less its share of G.
+  double spread = renormalise ? 0 : -sums.g;
+  if (bucket && tail_sum > 0) spread += static_cast<double>(g[k]) * sum / tail_sum;
+  over_columns<S>(0, n, [&](auto lane, int64_t v) {
+    using T = decltype(lane);
+    const T z_v = load<T>(z + v);
+    const T q_v = exp(z_v - (T{} + max)) * splat<T>(inverse_sum);
+    T slot = q_v * splat<T>(kd * spread);
+    if (student.wants_ce) slot += student.ce_share(z_v, q_v);
+    slot = slot * splat<T>(weight);
+    // -inf times a slope of -inf would be NaN under a softcap; a column of no mass has no gradient.
+    if (job.student.softcap != 0) slot = where(q_v > T{}, slot * student.slope(z_v), T{});
+    else slot = slot * splat<T>(job.student.scale);
+    store(out + v, slot);
+  });
+  for (int64_t i = 0; i < k; ++i) {
+    const S q_i = static_cast<S>(std::exp(static_cast<double>(kept_z[i]) - max) * inverse_sum);
+    const S q_event = renormalise ? static_cast<S>(std::exp(static_cast<double>(kept_z[i]) - max) / kept_sum) : q_i;
+    S slot = static_cast<S>((g[i] - q_event * sums.g) * kd);
+    if (student.wants_ce) slot += student.ce_share(kept_z[i], q_i);
+    out[ids[i]] = slot * student.slope(kept_z[i]) * static_cast<S>(weight);
+  }
+  if (student.wants_ce) out[label] -= static_cast<S>(weight * job.ce_weight) * student.slope(z_label);
+}
+
+template <class S> void run_dense(const RowLoss<S>& job, const RawLogits<S>& teacher) {
+#pragma omp parallel num_threads(job.threads)
+  {
+    Scratch<S> scratch(2 * job.vocab);
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < job.rows; ++row)
+      if (open_row(job, row)) dense_row(job, teacher, row, scratch.data);
+  }
+}
+
+template <class S> void run_sparse(const RowLoss<S>& job, const SparseRows<S>& teacher) {
+  int64_t longest = 0;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const int64_t k = teacher.offsets[row + 1] - teacher.offsets[row];
+    longest = k > longest ? k : longest;
+  }
+#pragma omp parallel num_threads(job.threads)
+  {
+    Scratch<S> scratch(job.vocab + 4 * (longest + 1));
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < job.rows; ++row)
+      if (open_row(job, row)) sparse_row(job, teacher, row, scratch.data, scratch.data + job.vocab);
+  }
+}
+
+}  // namespace
+
+void dense_rows(const RowLoss<float>& job, const RawLogits<float>& teacher) { run_dense(job, teacher); }
+void dense_rows(const RowLoss<double>& job, const RawLogits<double>& teacher) { run_dense(job, teacher); }
+void sparse_rows(const RowLoss<float>& job, const SparseRows<float>& teacher) { run_sparse(job, teacher); }
+void sparse_rows(const RowLoss<double>& job, const SparseRows<double>& teacher) { run_sparse(job, teacher); }
+
+int formula_number(const char* name) {
+  int number = 0;
+#define KD_COMPARE(Formula)                              \
+  if (std::strcmp(name, Formula::name) == 0) return number; \
+  ++number;
+  KD_FOR_EACH_FORMULA(KD_COMPARE)
+#undef KD_COMPARE
+  return -1;
+}
+
+}  // namespace KD_ISA
+}  // namespace kd

@@ -1,0 +1,65 @@
+// What the row pass is told, in plain types: shared by the binding and by each instruction set's build of row_loss.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace kd {
+
+// Columns of the statistics matrix. kd_kernels/loss/cpp_impl.py names them in this order.
+enum Stat { kDivergence, kStudentEntropy, kTeacherEntropy, kAgreement, kCapturedMass, kLabelLogprob, kTeacherLabelLogprob,
+            kStudentTop1, kTeacherTop1, kStudentConfidence, kTeacherConfidence, kStats };
+
+// Bits of a row's status: what was wrong with it.
+enum Status { kBadStudent = 1, kBadTeacher = 2, kBadLabel = 4, kBadIds = 8, kBadTail = 16 };
+
+enum Tail { kBucket, kRenormalize, kDrop };
+
+// Rows of raw products [rows, vocab] that stand for logits: softcap * tanh(scale * (raw + bias) / softcap). softcap 0: none.
+template <class S> struct RawLogits {
+  const S* raw;
+  int64_t stride;
+  const S* bias;  // [vocab] or null
+  double scale, softcap;
+  bool is_plain() const { return bias == nullptr && scale == 1.0 && softcap == 0.0; }
+};
+
+// A teacher known at some ids only; see SparseTargets in kd_kernels/logits.py.
+template <class S> struct SparseRows {
+  const int64_t* offsets;  // [rows + 1], into ids
+  const int64_t* ids;
+  const S* logprobs;
+  const S* tail;        // [rows] or null
+  const S* importance;  // or null
+  Tail treatment;
+};
+
+template <class S> struct RowLoss {
+  int64_t rows, vocab;
+  RawLogits<S> student;
+  int formula;
+  const double* params;
+  double temperature, kd_weight, ce_weight;
+  const int64_t* labels;  // [rows] or null
+  const double* weight;   // [rows], multiplies the gradient; a row of weight 0 is skipped
+  S* gradient;            // [rows, vocab] with respect to raw, or null; may be the student's own memory
+  int64_t gradient_stride;
+  double* loss;   // [rows], not weighted
+  double* stats;  // [rows, kStats] or null
+  int32_t* status;  // [rows]
+  int threads;
+};
+
+#define KD_DECLARE_ROW_LOSS(isa)                                                            \
+  namespace isa {                                                                           \
+  void dense_rows(const RowLoss<float>&, const RawLogits<float>& teacher);                  \
+  void dense_rows(const RowLoss<double>&, const RawLogits<double>& teacher);                \
+  void sparse_rows(const RowLoss<float>&, const SparseRows<float>& teacher);                \
+  void sparse_rows(const RowLoss<double>&, const SparseRows<double>& teacher);              \
+  int formula_number(const char* name);                                                     \
+  }
+KD_DECLARE_ROW_LOSS(baseline)
+KD_DECLARE_ROW_LOSS(avx2)
+KD_DECLARE_ROW_LOSS(avx512)
+#undef KD_DECLARE_ROW_LOSS
+
+}  // namespace kd

@@ -1,0 +1,147 @@
+// Vectors, exp and log: the whole of the library's instruction-set dependence.
+//
+// Every source under csrc/cpu is compiled once for each instruction set, with KD_ISA naming the namespace and KD_VECTOR_BYTES
+// the register width. Code is written once against `Lanes<float>::V`, a compiler vector; a plain float is a vector of one, so
+// the same function serves the last columns of a row, with the same rounding. fp64 is the exact, slow path: vectors of one
+// and the C library's exp and log.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifndef KD_ISA
+#define KD_ISA baseline
+#endif
+#ifndef KD_VECTOR_BYTES
+#define KD_VECTOR_BYTES 16
+#endif
+
+#define KD_INLINE static inline __attribute__((always_inline))
+
+namespace kd {
+namespace KD_ISA {
+
+typedef float FloatVector __attribute__((vector_size(KD_VECTOR_BYTES)));
+typedef int32_t IntVector __attribute__((vector_size(KD_VECTOR_BYTES)));
+
+template <class S> struct Lanes;
+template <> struct Lanes<float> {
+  using V = FloatVector;
+  static constexpr int64_t width = KD_VECTOR_BYTES / 4;
+};
+template <> struct Lanes<double> {
+  using V = double;
+  static constexpr int64_t width = 1;
+};
+
+template <class T> struct Bits;
+template <> struct Bits<FloatVector> { using type = IntVector; };
+template <> struct Bits<float> { using type = int32_t; };
+
+template <class To, class From> KD_INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between sizes");
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+template <class T> KD_INLINE T splat(double x) { return T{} + static_cast<float>(x); }
+template <> inline __attribute__((always_inline)) double splat<double>(double x) { return x; }
+
+template <class V, class S> KD_INLINE V load(const S* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class V, class S> KD_INLINE void store(S* p, V v) { std::memcpy(p, &v, sizeof(v)); }
+
+template <class M, class T> KD_INLINE T where(M mask, T a, T b) { return mask ? a : b; }
+template <class T> KD_INLINE T maximum(T a, T b) { return where(a > b, a, b); }
+template <class T> KD_INLINE T minimum(T a, T b) { return where(a < b, a, b); }
+template <class T> KD_INLINE T abs(T x) { return where(x < splat<T>(0), -x, x); }
+
+// e^x within 2 ulp. x = n ln2 + r with |r| <= ln2 / 2, then a polynomial of degree 7 in r. Below -87.3 the result is 0 (no
+// subnormals: they would cost more than they mean), above 88.7 it is inf; NaN stays NaN.
+template <class T> KD_INLINE T exp(T x) {
+  using I = typename Bits<T>::type;
+  const T magic = splat<T>(12582912.0);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const T bounded = where(x < splat<T>(-104.0), splat<T>(-104.0), where(x > splat<T>(89.0), splat<T>(89.0), x));
+  const T shifted = bounded * splat<T>(1.44269504088896341) + magic;
+  const T n = shifted - magic;
+  const T r = (bounded - n * splat<T>(0.693359375)) - n * splat<T>(-2.12194440e-4);
+  T poly = splat<T>(1.9875691500e-4);
+  poly = poly * r + splat<T>(1.3981999507e-3);
+  poly = poly * r + splat<T>(8.3334519073e-3);
+  poly = poly * r + splat<T>(4.1665795894e-2);
+  poly = poly * r + splat<T>(1.6666665459e-1);
+  poly = poly * r + splat<T>(5.0000001201e-1);
+  poly = poly * (r * r) + r + splat<T>(1.0);
+  const I exponent = bit_cast<I>(shifted) - bit_cast<I>(magic);
+  const T half_scale = bit_cast<T>((exponent + 126) << 23);  // half, so that n = 128 does not overflow
+  const T y = poly * half_scale * splat<T>(2.0);
+  const T low = where(x < splat<T>(-87.33654), splat<T>(0), y);
+  return where(x > splat<T>(88.72283), splat<T>(std::numeric_limits<float>::infinity()), low);
+}
+template <> inline __attribute__((always_inline)) double exp<double>(double x) { return std::exp(x); }
+
+// ln x within 2 ulp for x > 0, subnormals included. -inf at 0, inf at inf, NaN below 0.
+template <class T> KD_INLINE T log(T x) {
+  using I = typename Bits<T>::type;
+  const auto tiny = x < splat<T>(1.17549435e-38);
+  const T scaled = where(tiny, x * splat<T>(16777216.0), x);
+  I bits = bit_cast<I>(scaled);
+  // Take the mantissa into [sqrt(1/2), sqrt(2)): there log(m) is small and keeps its digits.
+  const I offset = bits - 0x3f3504f3;
+  const I exponent = offset >> 23;
+  bits = (offset & 0x007fffff) + 0x3f3504f3;
+  const T m = bit_cast<T>(bits) - splat<T>(1.0);
+  T e;
+  if constexpr (sizeof(T) == sizeof(float)) e = static_cast<float>(exponent);
+  else e = __builtin_convertvector(exponent, T);
+  e = where(tiny, e - splat<T>(24.0), e);
+  const T m2 = m * m;
+  T poly = splat<T>(7.0376836292e-2);
+  poly = poly * m + splat<T>(-1.1514610310e-1);
+  poly = poly * m + splat<T>(1.1676998740e-1);
+  poly = poly * m + splat<T>(-1.2420140846e-1);
+  poly = poly * m + splat<T>(1.4249322787e-1);
+  poly = poly * m + splat<T>(-1.6668057665e-1);
+  poly = poly * m + splat<T>(2.0000714765e-1);
+  poly = poly * m + splat<T>(-2.4999993993e-1);
+  poly = poly * m + splat<T>(3.3333331174e-1);
+  T y = poly * m * m2 + e * splat<T>(-2.12194440e-4) - splat<T>(0.5) * m2;
+  y = (m + y) + e * splat<T>(0.693359375);
+  const float inf = std::numeric_limits<float>::infinity();
+  y = where(x == splat<T>(inf), splat<T>(inf), y);
+  y = where(x == splat<T>(0), splat<T>(-inf), y);
+  return where(x < splat<T>(0), splat<T>(std::numeric_limits<float>::quiet_NaN()), where(x == x, y, x));
+}
+template <> inline __attribute__((always_inline)) double log<double>(double x) { return std::log(x); }
+
+template <class T> KD_INLINE T sqrt(T x) {
+  if constexpr (sizeof(T) == sizeof(float)) return std::sqrt(x);
+  T y;
+  for (unsigned i = 0; i < sizeof(T) / sizeof(float); ++i) y[i] = __builtin_sqrtf(x[i]);
+  return y;
+}
+template <> inline __attribute__((always_inline)) double sqrt<double>(double x) { return std::sqrt(x); }
+
+// Sum and maximum over the lanes of a vector. The sum is taken in double.
+KD_INLINE double lane_sum(double v) { return v; }
+KD_INLINE double lane_sum(FloatVector v) {
+  double sum = 0;
+  for (unsigned i = 0; i < sizeof(v) / sizeof(float); ++i) sum += v[i];
+  return sum;
+}
+template <class S, class V> KD_INLINE S lane_max(V v) {
+  S lanes[Lanes<S>::width];
+  std::memcpy(lanes, &v, sizeof(lanes));
+  S best = lanes[0];
+  for (S x : lanes) best = x > best ? x : best;
+  return best;
+}
+
+}  // namespace KD_ISA
+}  // namespace kd

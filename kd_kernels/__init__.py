@@ -1,0 +1,16 @@
+"""kd-kernels: distil language models from hidden states to loss and gradient, without the logits.
+
+``kd_loss`` is the loss, ``topk_targets`` extracts a sparse teacher, ``LinearLogits``, ``SparseTargets`` and
+``EnsembleLogits`` stand for logits, ``divergences`` holds the formulas, ``kd_kernels.cache`` the file format.
+"""
+
+from kd_kernels import divergences
+from kd_kernels.divergences import Divergence
+from kd_kernels.logits import EnsembleLogits, LinearLogits, SparseTargets
+from kd_kernels.loss import KDLoss, kd_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Divergence", "EnsembleLogits", "KDLoss", "LinearLogits", "SparseTargets", "divergences", "kd_loss",
+]
