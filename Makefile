@@ -1,5 +1,6 @@
 # Two commands: `make demo` distils a real model, `make test` runs the suite. Each sets up what it needs, once.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+SUPPORTED := import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
@@ -19,8 +20,8 @@ bench: $(VENV)/built
 build: $(VENV)/built
 
 $(VENV)/environment: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
-		{ echo "kd-kernels needs Python 3.11 or 3.12, found $$($(PYTHON) --version); set PYTHON=..."; exit 1; }
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || \
+		{ echo "kd-kernels needs Python 3.11 or 3.12 with venv: install one, or name it with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -63,11 +63,11 @@ template <class S, class Body> KD_INLINE double sum_columns(int64_t n, Body body
   return total;
 }
 
-template <class S> KD_INLINE S row_max(const S* z, int64_t n) {
+template <class S> KD_INLINE S block_max(const S* z, int64_t begin, int64_t end) {
   using V = typename Lanes<S>::V;
   V lanes = V{} - kInf<S>;
   S rest = -kInf<S>;
-  over_columns<S>(0, n, [&](auto lane, int64_t v) {
+  over_columns<S>(begin, end, [&](auto lane, int64_t v) {
     if constexpr (sizeof(lane) == sizeof(V)) lanes = maximum(load<V>(z + v), lanes);
     else rest = z[v] > rest ? z[v] : rest;
   });
@@ -75,7 +75,7 @@ template <class S> KD_INLINE S row_max(const S* z, int64_t n) {
   return best > rest ? best : rest;
 }
 
-// sum exp(factor (z - max)): NaN if any z is NaN or +inf, or if all are -inf.
+// sum exp(factor (z - max)).
 template <class S> KD_INLINE double sum_exp(const S* z, S max, double factor, int64_t n) {
   if (factor == 1.0)
     return sum_columns<S>(n, [=](auto lane, int64_t v) {
@@ -105,9 +105,21 @@ template <class S> const S* tempered(const RawLogits<S>& logits, int64_t row, do
   return scratch;
 }
 
+// Maximum and sum of exp(z - max) in one read: a block is summed against the largest logit so far, while it is in the first
+// cache. The sum is 0 where all are -inf, NaN where one is NaN or +inf.
 template <class S> Normalised<S> normalised(const S* z, int64_t n) {
-  const S max = row_max(z, n);
-  const double sum = sum_exp(z, max, 1.0, n);
+  S max = -kInf<S>;
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    const S here = block_max(z, begin, end);
+    if (here > max) {
+      sum *= std::exp(static_cast<double>(max) - here);
+      max = here;
+    }
+    const S shift = max > -kInf<S> ? max : S{};  // so that -inf stays -inf
+    sum += sum_exp(z + begin, shift, 1.0, end - begin);
+  }
   return {z, max, sum, static_cast<S>(std::log(sum))};
 }
 
@@ -277,12 +289,13 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
   const bool bucket = teacher.treatment == kBucket && !teacher.importance;
   S *logp = events, *logq = logp + k + 1, *g = logq + k + 1, *kept_z = g + k + 1;
 
-  const S* raw = tempered(job.student, row, job.temperature, z, n);
-  if (raw != z) std::memcpy(z, raw, sizeof(S) * n);
-  const S max = row_max(z, n);
+  // The row is worked on where its gradient will be, if that is where it already is.
+  const S* raw = job.student.raw + row * job.student.stride;
+  if (job.gradient && job.gradient + row * job.gradient_stride == raw) z = job.gradient + row * job.gradient_stride;
+  const S* given_z = tempered(job.student, row, job.temperature, z, n);
+  if (given_z != z) std::memcpy(z, given_z, sizeof(S) * n);
   const int64_t label = label_of(job, row);
   const S z_label = label >= 0 ? z[label] : S{};
-  const int64_t student_top1 = job.stats ? first_index_of(z, max, n) : -1;
 
   // Take the kept logits out of the row, so that what remains is the tail: its mass is summed, never 1 - sum.
   int64_t taken = 0;
@@ -292,9 +305,14 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
     if (kept_z[taken] != kept_z[taken]) break;  // NaN in the row, or an id that was taken before
     z[ids[taken]] = std::numeric_limits<S>::quiet_NaN();
   }
-  for (int64_t i = 0; i < taken; ++i) z[ids[i]] = -kInf<S>;
-  // A row all of -inf but for its kept ids has an empty tail; max is finite in every row that is in order.
-  const double tail_sum = sum_exp(z, max, 1.0, n);
+  S max = -kInf<S>;
+  for (int64_t i = 0; i < taken; ++i) {
+    z[ids[i]] = -kInf<S>;
+    max = kept_z[i] > max ? kept_z[i] : max;
+  }
+  const Normalised<S> tail = normalised<S>(z, n);
+  max = tail.max > max ? tail.max : max;
+  const double tail_sum = tail.sum == 0 ? 0 : tail.sum * std::exp(static_cast<double>(tail.max) - max);
   double kept_sum = 0, kept_mass = 0;
   bool is_probability = true;
   for (int64_t i = 0; i < taken; ++i) {
@@ -340,11 +358,12 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
   if (job.stats) {
     double* stats = job.stats + row * kStats;
     double p_log_p = 0, q_log_q = 0;
-    int64_t best = -1;
+    int64_t best = -1, student_top1 = tail.max == max ? first_index_of(z, max, n) : n;
     for (int64_t i = 0; i < k; ++i) {
       const double l = given[i], gap = static_cast<double>(kept_z[i]) - max;
       if (l > -1e30) p_log_p += std::exp(l) * l;
       if (gap > -1e30) q_log_q += std::exp(gap) * gap;
+      if (kept_z[i] == max && ids[i] < student_top1) student_top1 = ids[i];
       if (best < 0 || given[i] > given[best] || (given[i] == given[best] && ids[i] < ids[best])) best = i;
     }
     q_log_q += sum_columns<S>(n, [&](auto lane, int64_t v) {
@@ -352,8 +371,8 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
       const T gap = load<T>(z + v) - (T{} + max);
       return where(gap > splat<T>(-1e30), exp(gap) * gap, T{});
     });
-    const double tail = teacher.tail ? static_cast<double>(teacher.tail[row]) : -kInf<double>;
-    if (tail > -1e30) p_log_p += std::exp(tail) * tail;
+    const double tail_logprob = teacher.tail ? static_cast<double>(teacher.tail[row]) : -kInf<double>;
+    if (tail_logprob > -1e30) p_log_p += std::exp(tail_logprob) * tail_logprob;
     stats[kDivergence] = sums.f;
     stats[kStudentEntropy] = std::log(sum) - q_log_q / sum;
     stats[kTeacherEntropy] = -p_log_p;
