@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import warnings
 from types import ModuleType
 
 import torch
@@ -29,6 +31,16 @@ def extension() -> ModuleType:
         ) from error
 
 
+@functools.lru_cache(maxsize=None)
+def _say_once_if_not_built() -> None:
+    if importlib.util.find_spec("kd_kernels._C") is None:
+        warnings.warn(
+            "kd_kernels: the CPU kernels are not built (was there a C++ compiler when it was installed?); "
+            'running backend="reference", as asked: slower, and with more memory',
+            stacklevel=4,
+        )
+
+
 def choose(where: str, backend: str | None, device: torch.device, built: tuple[str, ...]) -> str:
     """The backend for tensors on ``device``: ``backend`` if it is named, else "cpp" on the CPU and "triton" on a GPU.
 
@@ -50,6 +62,6 @@ def choose(where: str, backend: str | None, device: torch.device, built: tuple[s
         )
     if name != "reference" and (name == "cpp") != on_cpu:
         raise RuntimeError(_check.complaint(where, "backend", f"one for tensors on {device}", f'"{name}"'))
-    if name == "cpp" and not torch.compiler.is_compiling():  # a compiled graph finds out when the op runs
-        extension()
+    if on_cpu and not torch.compiler.is_compiling():  # a compiled graph finds out when the op runs
+        extension() if name == "cpp" else _say_once_if_not_built()
     return name

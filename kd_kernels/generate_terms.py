@@ -23,6 +23,12 @@ _PREAMBLE = """\
 // exp, log, where and splat are found beside it.
 #pragma once
 
+#ifdef __CUDACC__
+#define KD_FORMULA static __host__ __device__ __forceinline__
+#else
+#define KD_FORMULA static inline __attribute__((always_inline))
+#endif
+
 namespace kd {
 namespace KD_ISA {
 """
@@ -78,7 +84,7 @@ def _struct(formula) -> str:
         f"\nstruct {name} {{\n"
         f'  static constexpr const char* name = "{formula.__name__.lstrip("_")}";\n'
         f"  template <class T>\n"
-        f"  static inline __attribute__((always_inline)) void terms(\n"
+        f"  KD_FORMULA void terms(\n"
         f"      const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {{\n"
         f"{body}\n  }}\n}};\n"
     )

@@ -4,13 +4,19 @@
 // exp, log, where and splat are found beside it.
 #pragma once
 
+#ifdef __CUDACC__
+#define KD_FORMULA static __host__ __device__ __forceinline__
+#else
+#define KD_FORMULA static inline __attribute__((always_inline))
+#endif
+
 namespace kd {
 namespace KD_ISA {
 
 struct ForwardKl {
   static constexpr const char* name = "forward_kl";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T p = exp(logp);
     const T f = where(p > splat<T>(0.0), (p * (logp - logq)), splat<T>(0.0));
@@ -22,7 +28,7 @@ struct ForwardKl {
 struct ReverseKl {
   static constexpr const char* name = "reverse_kl";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T q = exp(logq);
     const T f = where(q > splat<T>(0.0), (q * (logq - logp)), splat<T>(0.0));
@@ -34,7 +40,7 @@ struct ReverseKl {
 struct Jsd {
   static constexpr const char* name = "jsd";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T beta = splat<T>(params[0]);
     const T p = exp(logp);
@@ -50,7 +56,7 @@ struct Jsd {
 struct SkewForwardKl {
   static constexpr const char* name = "skew_forward_kl";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T alpha = splat<T>(params[0]);
     const T p = exp(logp);
@@ -66,7 +72,7 @@ struct SkewForwardKl {
 struct SkewReverseKl {
   static constexpr const char* name = "skew_reverse_kl";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T alpha = splat<T>(params[0]);
     const T p = exp(logp);
@@ -82,7 +88,7 @@ struct SkewReverseKl {
 struct SkewReverseKlDetached {
   static constexpr const char* name = "skew_reverse_kl_detached";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T alpha = splat<T>(params[0]);
     const T p = exp(logp);
@@ -97,7 +103,7 @@ struct SkewReverseKlDetached {
 struct Jeffreys {
   static constexpr const char* name = "jeffreys";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T weight = splat<T>(params[0]);
     const T p = exp(logp);
@@ -112,7 +118,7 @@ struct Jeffreys {
 struct TotalVariation {
   static constexpr const char* name = "total_variation";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T p = exp(logp);
     const T q = exp(logq);
@@ -125,7 +131,7 @@ struct TotalVariation {
 struct SquaredHellinger {
   static constexpr const char* name = "squared_hellinger";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T root_p = exp((splat<T>(0.5) * logp));
     const T root_q = exp((splat<T>(0.5) * logq));
@@ -138,7 +144,7 @@ struct SquaredHellinger {
 struct Alpha {
   static constexpr const char* name = "alpha";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T alpha = splat<T>(params[0]);
     const T p = exp(logp);
@@ -153,7 +159,7 @@ struct Alpha {
 struct AlphaBeta {
   static constexpr const char* name = "alpha_beta";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T alpha = splat<T>(params[0]);
     const T beta = splat<T>(params[1]);
@@ -171,7 +177,7 @@ struct AlphaBeta {
 struct SquaredLogprob {
   static constexpr const char* name = "squared_logprob";
   template <class T>
-  static inline __attribute__((always_inline)) void terms(
+  KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T gap = where(logp > splat<T>(-1e+30), where(logq > splat<T>(-1e+30), (logq - logp), splat<T>(0.0)), splat<T>(0.0));
     out_f = ((splat<T>(0.5) * gap) * gap);
