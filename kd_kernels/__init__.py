@@ -8,9 +8,11 @@ from kd_kernels import divergences
 from kd_kernels.divergences import Divergence
 from kd_kernels.logits import EnsembleLogits, LinearLogits, SparseTargets
 from kd_kernels.loss import KDLoss, kd_loss
+from kd_kernels.targets import topk_targets
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Divergence", "EnsembleLogits", "KDLoss", "LinearLogits", "SparseTargets", "divergences", "kd_loss",
+    "topk_targets",
 ]

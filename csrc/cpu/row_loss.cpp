@@ -14,6 +14,7 @@ namespace kd {
 namespace KD_ISA {
 namespace {
 
+constexpr double kMassTolerance = 0.1;  // a cache rounds log-probabilities to a step; unnormalised scores miss by far more
 constexpr int64_t kBlock = 2048;  // columns summed in single precision before they join a double
 
 template <class S> constexpr S kInf = std::numeric_limits<S>::infinity();
@@ -324,7 +325,7 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
   const Normalised<S> q{z, max, sum, static_cast<S>(std::log(sum))};
   if (!q.is_finite() || !(max < kInf<S>)) job.status[row] |= kBadStudent;
   else if (taken < k) job.status[row] |= kBadIds;
-  if (!is_probability || (!teacher.importance && kept_mass > 1 + 1e-3)) job.status[row] |= kBadTeacher;
+  if (!is_probability || (!teacher.importance && kept_mass > 1 + kMassTolerance)) job.status[row] |= kBadTeacher;
   if (bucket && !(teacher.tail[row] <= S(1e-4))) job.status[row] |= kBadTail;
   if (job.status[row]) return;
 

@@ -115,7 +115,8 @@ def kd_loss(
     the student's logit is -inf is inf; so is a reverse KL the other way round.
 
     Cost: with mean and sum the gradient is formed in the forward pass (6 N Hs V + 2 N Ht V operations, nothing computed
-    twice); "none" computes the student's logits again in the backward. Memory: scratch and gradients.
+    twice); "none" computes the student's logits again in the backward. Memory: scratch and gradients; an upstream gradient
+    other than 1 (``(loss / 4).backward()``) costs a scaled copy of them, which ``normalizer`` and the weights spare.
     """
     student_noun = student if isinstance(student, LinearLogits) else _check.floating(WHERE, "student", student)
     if isinstance(student_noun, Tensor) and student_noun.dim() < 1:

@@ -18,6 +18,9 @@ from kd_kernels.products import RawRows
 BAD_STUDENT, BAD_TEACHER, BAD_LABEL, BAD_IDS, BAD_TAIL = 1, 2, 4, 8, 16
 """Bits of a row's status, as in csrc/cpu/row_loss.h."""
 
+MASS_TOLERANCE = 0.1
+"""How far above 1 a sparse row's mass may be: a cache rounds log-probabilities; unnormalised scores miss by far more."""
+
 BYTES_PER_LOGIT = 10
 """Temporaries of the size of a chunk that the row pass holds at once, beside its inputs, in logits."""
 
@@ -73,7 +76,7 @@ def sparse_rows(
     ids = ids.clamp(0, z.shape[1] - 1)
     kept = torch.zeros_like(z, dtype=torch.int32).index_put_((row, ids), torch.ones_like(ids, dtype=torch.int32), True)
     captured = per_row(logp.exp())
-    over_one = captured > 1 + 1e-3 if teacher.importance is None else torch.zeros_like(active)
+    over_one = captured > 1 + MASS_TOLERANCE if teacher.importance is None else torch.zeros_like(active)
     status = BAD_STUDENT * _is_bad(logq) + BAD_IDS * ((kept.amax(1) > 1) | (per_row(outside) > 0))
     status = status + BAD_TEACHER * (over_one | (per_row(~(logp <= 1e-4)) > 0))
     if bucket:

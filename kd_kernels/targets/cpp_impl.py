@@ -1,0 +1,88 @@
+"""Top-k targets on the CPU: panels of logits into ``csrc/cpu/topk.cpp``, which sees each logit once.
+
+A panel is some columns of many rows, not all columns of a few. So the head's weight is read (and, in half precision,
+widened) once for hundreds of rows, and a product is still in cache when the row pass reads it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kd_kernels import _backend, products
+from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, leading_shape, vocab
+from kd_kernels.targets import config
+from kd_kernels.targets.truncated import Truncated
+
+
+def _columns(logits: Logits, begin: int, end: int) -> Logits:
+    """Some columns of a noun, as a noun."""
+    if isinstance(logits, Tensor):
+        return logits[:, begin:end]
+    if isinstance(logits, LinearLogits):
+        bias = None if logits.bias is None else logits.bias[begin:end]
+        return LinearLogits(logits.hidden, logits.weight[begin:end], bias, logits.scale, logits.softcap)
+    return EnsembleLogits(tuple(_columns(m, begin, end) for m in logits.members), logits.weights, logits.space)
+
+
+def _panel_columns(logits: Logits) -> int:
+    """How many columns to form at a time. A mixture of probabilities needs whole rows, for its members' normalisers."""
+    mixes = isinstance(logits, EnsembleLogits) and logits.space == "prob"
+    return vocab(logits) if mixes else config.panel_columns(vocab(logits))
+
+
+def _mapped(rows: products.RawRows) -> Tensor:
+    """The logits of a panel, in its own memory: only products of a head have a map, and those are scratch."""
+    z = rows.raw
+    if rows.bias is not None:
+        z += rows.bias
+    if rows.scale != 1.0:
+        z *= rows.scale
+    if rows.softcap is not None:
+        z.div_(rows.softcap).tanh_().mul_(rows.softcap)
+    return z
+
+
+def topk(
+    logits: Logits, dtype: torch.dtype, k: int, mass: float | None, temperatures: tuple[float, ...],
+    max_scratch_bytes: int | None,
+) -> Truncated:
+    """See :class:`Truncated`."""
+    extension = _backend.extension()
+    run = extension.topk_rows_fp64 if dtype == torch.float64 else extension.topk_rows_fp32
+    (rows,), columns, width = leading_shape(logits), vocab(logits), _panel_columns(logits)
+    capacity = min(2 * k, columns) + extension.topk_slack
+
+    panel = products.source(_columns(logits, 0, width), None, dtype)
+    state_bytes = 2 * dtype.itemsize * capacity + 8 * (3 + len(temperatures))  # a candidate is a logit and an id
+    fitting = products.rows_per_chunk(
+        "topk_targets", rows, panel.bytes_per_row + state_bytes, panel.fixed_bytes, max_scratch_bytes, logits.device
+    )
+    step = config.panel_rows(rows, fitting)
+
+    result = Truncated(
+        torch.empty(rows, dtype=torch.int64), torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k, dtype=dtype),
+        torch.empty(rows, dtype=dtype), torch.empty(rows, len(temperatures), dtype=dtype),
+    )
+    candidates = torch.empty(step, 2 * capacity, dtype=dtype)
+    running = torch.empty(step, 3 + len(temperatures), dtype=torch.float64)
+
+    def add(begin: int, end: int, first: int, last: int) -> None:
+        """Columns ``first`` to ``last`` of some rows. A function, so that one panel is gone before the next is made."""
+        source = products.source(_columns(logits, first, last), None, dtype)
+        source.open(end - begin)
+        panel = _mapped(source.chunk(begin, end))
+        counts, ids, logprobs, tail_logprob, log_z = (field[begin:].data_ptr() for field in result)
+        run(
+            panel=panel.data_ptr(), stride=panel.stride(0), rows=end - begin, first_column=first, columns=last - first,
+            is_last=last == columns, k=k, mass=math.inf if mass is None else mass, temperatures=temperatures,
+            candidates=candidates.data_ptr(), capacity=capacity, running=running.data_ptr(), counts=counts, ids=ids,
+            logprobs=logprobs, tail_logprob=tail_logprob, log_z=log_z, threads=torch.get_num_threads(),
+        )
+
+    for begin in range(0, rows, step):
+        for first in range(0, columns, width):
+            add(begin, min(begin + step, rows), first, min(first + width, columns))
+    return result

@@ -1,0 +1,269 @@
+"""The truth that the library is judged by: written from the formulas, with torch's own losses, and from nothing in the library.
+
+p is the teacher, q the student. Everything computes in the dtype of what it is given: hand it float64 and it is the
+truth, hand it float32 and it is the yardstick, the error that plain torch makes on the same inputs. Gradients come from
+autograd. Nothing is chunked, truncated rows are made by adding up the columns that they leave out, and clarity beats speed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEVER = 1e5
+"""How far below the row's maximum a logit of -inf is put: exp underflows to exactly 0 and autograd stays finite."""
+
+
+# ---------------------------------------------------------------------------------------------- divergences, term by term
+
+
+def kl_terms(logp: Tensor, logq: Tensor) -> Tensor:
+    """Terms of KL(p||q)."""
+    return F.kl_div(logq, logp, reduction="none", log_target=True)
+
+
+def log_mixture(weight: float, loga: Tensor, logb: Tensor) -> Tensor:
+    """log(weight a + (1 - weight) b), 0 <= weight <= 1."""
+    parts = [math.log(w) + x for w, x in ((weight, loga), (1.0 - weight, logb)) if w > 0.0]
+    return parts[0] if len(parts) == 1 else torch.logaddexp(*parts)
+
+
+def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    return kl_terms(logp, logq)
+
+
+def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    return kl_terms(logq, logp)
+
+
+def jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    logm = log_mixture(beta, logp, logq)
+    return beta * kl_terms(logp, logm) + (1.0 - beta) * kl_terms(logq, logm)
+
+
+def skew_forward_kl(logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
+    return kl_terms(logp, log_mixture(alpha, logp, logq))
+
+
+def skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: float, detach_mixture: bool = False) -> Tensor:
+    logm = log_mixture(alpha, logq, logp)
+    return kl_terms(logq, logm.detach() if detach_mixture else logm)
+
+
+def jeffreys(logp: Tensor, logq: Tensor, weight: float) -> Tensor:
+    return weight * kl_terms(logp, logq) + (1.0 - weight) * kl_terms(logq, logp)
+
+
+def total_variation(logp: Tensor, logq: Tensor) -> Tensor:
+    return 0.5 * F.l1_loss(logq.exp(), logp.exp(), reduction="none")
+
+
+def squared_hellinger(logp: Tensor, logq: Tensor) -> Tensor:
+    return 0.5 * F.mse_loss((0.5 * logq).exp(), (0.5 * logp).exp(), reduction="none")
+
+
+def alpha(logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
+    product = (alpha * logp + (1.0 - alpha) * logq).exp()
+    return (product - alpha * logp.exp() - (1.0 - alpha) * logq.exp()) / (alpha * (alpha - 1.0))
+
+
+def alpha_beta(logp: Tensor, logq: Tensor, alpha: float, beta: float) -> Tensor:
+    order = alpha + beta
+    mean = (alpha * (order * logp).exp() + beta * (order * logq).exp()) / order
+    return (mean - (alpha * logp + beta * logq).exp()) / (alpha * beta)
+
+
+def squared_logprob(logp: Tensor, logq: Tensor) -> Tensor:
+    both = (logp > -NEVER / 2) & (logq > -NEVER / 2)
+    return torch.where(both, 0.5 * (logq - logp) ** 2, 0.0)
+
+
+TERMS = {
+    f.__name__: f
+    for f in (
+        forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, jeffreys, total_variation, squared_hellinger, alpha,
+        alpha_beta, squared_logprob,
+    )
+}  # fmt: skip
+"""Name -> terms(logp, logq, **parameters), one term an event. Every entry of the library's registry needs one here."""
+
+SYMMETRIC = {"total_variation", "squared_hellinger", "squared_logprob", ("jsd", 0.5), ("jeffreys", 0.5), ("alpha", 0.5)}
+"""D(p, q) == D(q, p): by name, or by name and parameter."""
+
+UPPER_BOUND = {
+    "total_variation": lambda: 1.0,
+    "squared_hellinger": lambda: 1.0,
+    "jsd": lambda beta: -beta * math.log(beta) - (1.0 - beta) * math.log(1.0 - beta),
+    "skew_forward_kl": lambda alpha: -math.log(alpha) if alpha > 0 else math.inf,
+    "skew_reverse_kl": lambda alpha, detach_mixture=False: -math.log(alpha) if alpha > 0 else math.inf,
+    "alpha": lambda alpha: 1.0 / (alpha * (1.0 - alpha)) if 0 < alpha < 1 else math.inf,
+}
+"""Name -> bound(**parameters): what the divergence of two disjoint distributions is."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- logits
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None,
+           valid_vocab: int | None = None) -> Tensor:  # fmt: skip
+    """Logits of a head, with the padding columns cut off."""
+    logits = scale * F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits[..., :valid_vocab]
+
+
+def ensemble(members: list[Tensor], weights: list[float], space: str) -> Tensor:
+    """Logits of several teachers: their mean, or the log of the mean of their probabilities."""
+    total = sum(weights)
+    if space == "logit":
+        return sum(w / total * z for w, z in zip(weights, members))
+    return sum(w / total * F.softmax(z, -1) for w, z in zip(weights, members)).log()
+
+
+def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities; a logit of -inf becomes one that underflows (:data:`NEVER`)."""
+    peak = logits.detach().amax(-1, keepdim=True)
+    return F.log_softmax(torch.where(logits == -torch.inf, peak - NEVER * temperature, logits) / temperature, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- targets
+
+
+@dataclass
+class Row:
+    """One row of a truncated teacher: the ids that it keeps, the teacher's log-probabilities there, and what is left."""
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_logprob: Tensor
+    importance: Tensor | None = None
+
+
+def left_out(ids: Tensor, vocab: int) -> Tensor:
+    """The columns that are not in ``ids``, ascending."""
+    return torch.tensor(sorted(set(range(vocab)) - set(ids.tolist())), dtype=torch.int64)
+
+
+def coarsen(logp: Tensor, ids: Tensor) -> Tensor:
+    """Log-masses of the events {id} for every id, and of one more: everything else. [V] -> [K + 1]."""
+    rest = logp[left_out(ids, logp.shape[0])]
+    tail = torch.logsumexp(rest, 0) if len(rest) else torch.tensor(-NEVER, dtype=logp.dtype)
+    return torch.cat([logp[ids], tail[None]])
+
+
+def truncate(logits: Tensor, ids: list[Tensor], temperature: float = 1.0) -> list[Row]:
+    """Truncated rows of dense teacher logits [N, V]: the log-probabilities at ``ids`` and the exact tail."""
+    rows = [coarsen(logp, kept) for logp, kept in zip(log_probs(logits, temperature), ids)]
+    return [Row(kept, events[:-1], events[-1]) for kept, events in zip(ids, rows)]
+
+
+def topk(logits: Tensor, k: int, mass: float | None = None) -> list[Row]:
+    """The k largest of every row, descending, ties to the lower id; with ``mass`` only the shortest prefix that reaches it."""
+    ids = []
+    for row in logits.tolist():
+        order = sorted(range(len(row)), key=lambda v: (-row[v], v))[:k]
+        if mass is not None:
+            probs = log_probs(torch.tensor(row, dtype=torch.float64)).exp()
+            reached = [i + 1 for i in range(len(order)) if probs[order[: i + 1]].sum() >= mass]
+            order = order[: reached[0]] if reached else order
+        ids.append(torch.tensor(order, dtype=torch.int64))
+    return truncate(logits, ids)
+
+
+def log_z(logits: Tensor, temperatures: tuple[float, ...]) -> Tensor:
+    """[N, len(temperatures)]: log sum_v p_v^(1/T), with p at temperature 1."""
+    return torch.stack([torch.logsumexp(F.log_softmax(logits, -1) / t, -1) for t in temperatures], -1)
+
+
+# ------------------------------------------------------------------------------------------------------------ row by row
+
+
+def dense_divergence(student: Tensor, teacher: Tensor, name: str, params: dict, temperature: float = 1.0) -> Tensor:
+    """D(p, q) of every row of logits [N, V]."""
+    return TERMS[name](log_probs(teacher, temperature), log_probs(student, temperature), **params).sum(-1)
+
+
+def sparse_divergence(student: Tensor, rows: list[Row], name: str, params: dict, tail: str = "bucket",
+                      temperature: float = 1.0) -> Tensor:  # fmt: skip
+    """D of every row against a truncated teacher whose log-probabilities are already those at ``temperature``."""
+    values = []
+    for logq, row in zip(log_probs(student, temperature), rows):
+        if row.importance is not None:
+            values.append((row.importance * TERMS[name](row.logprobs, logq[row.ids], **params)).sum())
+            continue
+        if tail == "bucket":
+            logp, logq = torch.cat([row.logprobs, row.tail_logprob[None].clamp_min(-NEVER)]), coarsen(logq, row.ids)
+        elif tail == "renormalize":
+            logp, logq = F.log_softmax(row.logprobs, -1), F.log_softmax(logq[row.ids], -1)
+        elif tail == "drop":
+            logp, logq = row.logprobs, logq[row.ids]
+        else:
+            raise ValueError(tail)
+        values.append(TERMS[name](logp, logq, **params).sum())
+    return torch.stack(values) if values else student.sum(-1)
+
+
+def row_weights(rows: int, labels: Tensor | None, token_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """w [N]: the token weights, 0 where the label says to ignore."""
+    weights = torch.ones(rows, dtype=dtype) if token_weight is None else token_weight.to(dtype)
+    return weights if labels is None else torch.where(labels == ignore_index, 0.0, weights)
+
+
+def kd_loss(student: Tensor, teacher: Tensor | list[Row], name: str = "forward_kl", params: dict | None = None, *,
+            labels: Tensor | None = None, ce_weight: float = 0.0, kd_weight: float = 1.0, temperature: float = 1.0,
+            squared_temperature: bool = False, token_weight: Tensor | None = None, normalizer: float | None = None,
+            reduction: str = "mean", ignore_index: int = -100, tail: str = "bucket") -> Tensor:  # fmt: skip
+    """The whole objective on flat rows [N, V]; a truncated teacher is given at ``temperature`` already."""
+    params = params or {}
+    weights = row_weights(student.shape[0], labels, token_weight, ignore_index, student.dtype)
+    if isinstance(teacher, Tensor):
+        divergence = dense_divergence(student, teacher, name, params, temperature)
+    else:
+        divergence = sparse_divergence(student, teacher, name, params, tail, temperature)
+    factor = kd_weight * (temperature**2 if squared_temperature else 1.0)
+    loss = factor * divergence
+    if ce_weight:
+        assert labels is not None
+        loss = loss + ce_weight * F.cross_entropy(student, labels, ignore_index=ignore_index, reduction="none")
+    loss = torch.where(weights > 0, weights * loss, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    total = weights.sum() if normalizer is None else normalizer
+    return loss.sum() / total if total > 0 else loss.sum()
+
+
+# ------------------------------------------------------------------------------------------------------------- statistics
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Nats, a row."""
+    return torch.distributions.Categorical(logits=log_probs(logits, temperature)).entropy()
+
+
+def top1(logits: Tensor) -> Tensor:
+    """The most probable id, the lowest of equals."""
+    return torch.tensor([row.index(max(row)) for row in logits.tolist()], dtype=torch.int64)
+
+
+def confidence(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The largest probability of every row."""
+    return log_probs(logits, temperature).exp().amax(-1)
+
+
+def label_logprob(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of the label at temperature 1."""
+    return log_probs(logits).gather(-1, labels[:, None])[:, 0]
+
+
+def gradients(loss: Tensor, leaves: list[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
+    """d(sum of upstream * loss) / d leaf for every leaf; zeros where a leaf has no part in it."""
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    found = torch.autograd.grad(loss, leaves, upstream, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found)]
