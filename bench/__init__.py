@@ -1,0 +1,8 @@
+"""Benchmarks: what the verbs cost beside the matrix products that nothing can avoid, and beside other libraries.
+
+    python -m pytest bench --benchmark-only                    one row per verb, backend, dtype and mode
+    python -m bench.side_by_side --out bench/results/FILE.json ours, torch and peers in alternation, on the same inputs
+    python -m bench.render                                     the README's tables, from bench/results/
+
+No test is timed and no benchmark is trusted: each checks its result against float64 before the clock starts.
+"""

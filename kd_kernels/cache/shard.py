@@ -1,0 +1,232 @@
+"""One shard file: read, or under construction."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+from kd_kernels.cache.codec import decode_rows
+from kd_kernels.cache.errors import CacheError
+from kd_kernels.cache.format import (
+    BLOCK_HEAD_BYTES, HEADER_BYTES, TRAILER_BYTES, Block, IndexEntry, Piece, ShardHeader, block_size, decode_block,
+    decode_index, decode_trailer, encode_block, encode_index, unpack_entries,
+)
+from kd_kernels.cache.manifest import CacheManifest
+from kd_kernels.cache.rows import CachedRows
+from kd_kernels.cache.storage import sync_folder, system_errors, write_at
+
+__all__ = ["Shard", "ShardBuilder", "TEMPORARY"]
+
+TEMPORARY = ".tmp"
+
+_log = logging.getLogger(__name__)
+_MAKE_ROOM = "nothing that was written before is lost: make room and open the folder again"
+
+
+class Shard:
+    """Read access to a shard, sealed or not. Opening checks the header; reading checks what is read.
+
+    Reads are ``pread``: threads and forked processes can share one object.
+    """
+
+    def __init__(self, path: Path, header: ShardHeader) -> None:
+        self.path = path
+        self._header, self._seed = header, header.crc
+        with system_errors(path, "opening the shard"):
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the object
+            self.size = os.fstat(self._file.fileno()).st_size
+        header.check(path, self._read(0, min(HEADER_BYTES, self.size)))
+
+    def index(self) -> tuple[bytes, int, int]:
+        """The packed entries of a sealed shard, their CRC-32, and their offset."""
+        trailer = self._read(max(self.size - TRAILER_BYTES, 0), min(TRAILER_BYTES, self.size))
+        offset = decode_trailer(self.path, self.size, trailer)
+        packed, crc = decode_index(self.path, self._seed, offset, self._read(offset, self.size - offset))
+        return packed, crc, offset
+
+    def check(
+        self, manifest: CacheManifest | None = None, progress: Callable[[int], None] | None = None
+    ) -> list[IndexEntry]:
+        """Reads all of a sealed shard and compares it with its index; with a manifest, decodes the rows too."""
+        packed, _, stop = self.index()
+        found: list[IndexEntry] = []
+        last = 0
+        for end, whole in self.sequences(stop, manifest):
+            found += whole
+            if progress is not None:
+                progress(end - last)
+            last = end
+        expected = unpack_entries(packed)
+        for indexed, scanned in itertools.zip_longest(expected, found):
+            if indexed != scanned:
+                raise CacheError.mismatch(self.path, stop, "index entry", scanned, indexed)
+        return found
+
+    def record(self) -> dict[str, int]:
+        """The journal's line on a sealed shard. Checks all of it first: what is journalled is whole."""
+        entries = self.check()
+        rows = sum(entry.rows for entry in entries)
+        crc = self.index()[1]
+        return {
+            "number": self._header.number, "bytes": self.size, "sequences": len(entries), "rows": rows,
+            "index_crc32": f"{crc:08x}",
+        }
+
+    def rows(self, entry: IndexEntry, manifest: CacheManifest) -> CachedRows:
+        """The rows of one sequence. Raises CacheError unless they are there, all of them, and that sequence's."""
+        data = memoryview(self._read(entry.offset, entry.size))
+        parts: list[CachedRows] = []
+        at = done = 0
+        while at < entry.size:
+            block = decode_block(self.path, self._seed, entry.offset + at, data[at:])
+            decoded = self._decode(block, manifest)
+            start = 0
+            for piece in block.pieces:
+                if piece.key == entry.key and (piece.sequence_rows, piece.first_row) == (entry.rows, done):
+                    parts.append(decoded.slice(start, start + piece.rows))
+                    done += piece.rows
+                start += piece.rows
+            at += block.size
+        if done != entry.rows:
+            what = f"rows of sequence {entry.key.hex()}"
+            raise CacheError.mismatch(self.path, entry.offset, what, entry.rows, done)
+        return CachedRows.cat(parts)
+
+    def sequences(self, stop: int, manifest: CacheManifest | None = None) -> Iterator[tuple[int, list[IndexEntry]]]:
+        """Reads the blocks before ``stop`` in order. Yields, wherever a block ends and no sequence is left open, that
+        offset and the entries of the sequences since the last one. With a manifest, rows are decoded too.
+
+        Raises:
+            CacheError: at the first block that is damaged, out of place, or breaks off a sequence.
+        """
+        offset, begin, done, cached = HEADER_BYTES, 0, 0, 0
+        open_piece: Piece | None = None
+        whole: list[IndexEntry] = []
+        while offset < stop:
+            head = self._read(offset, min(BLOCK_HEAD_BYTES, stop - offset))
+            size = min(block_size(self.path, offset, head), stop - offset)
+            block = decode_block(self.path, self._seed, offset, memoryview(self._read(offset, size)))
+            if manifest is not None:
+                self._decode(block, manifest)
+            for piece in block.pieces:
+                if done == 0:
+                    open_piece, begin, cached = piece, offset, 0
+                expected = (open_piece.key.hex(), open_piece.sequence_rows, done)
+                found = (piece.key.hex(), piece.sequence_rows, piece.first_row)
+                if expected != found:
+                    raise CacheError.mismatch(self.path, offset, "sequence, its rows, and first row", expected, found)
+                if not 1 <= piece.rows <= piece.sequence_rows - done:
+                    left = f"1..{piece.sequence_rows - done}"
+                    raise CacheError.mismatch(self.path, offset, "rows of a piece", left, piece.rows)
+                done, cached = done + piece.rows, cached + piece.cached_rows
+                if done == piece.sequence_rows:
+                    whole.append(IndexEntry(piece.key, begin, offset + block.size - begin, done, cached))
+                    done = 0
+            offset += block.size
+            if done == 0:
+                yield offset, whole
+                whole = []
+        if done:
+            what = f"rows of sequence {open_piece.key.hex()}"
+            raise CacheError.mismatch(self.path, offset, what, open_piece.sequence_rows, done)
+
+    def _decode(self, block: Block, manifest: CacheManifest) -> CachedRows:
+        try:
+            rows = decode_rows(block.payload, block.inflated_bytes, block.rows, manifest)
+        except ValueError as error:
+            raise CacheError(f"{self.path}, offset {block.offset}: {error}", self.path, block.offset) from error
+        found, expected = int(rows.positions.sum()), sum(piece.cached_rows for piece in block.pieces)
+        if found != expected:
+            raise CacheError.mismatch(self.path, block.offset, "cached rows of a block", expected, found)
+        return rows
+
+    def _read(self, offset: int, size: int) -> bytes:
+        parts, at = [], offset
+        with system_errors(self.path, "reading", offset):
+            while at < offset + size and (part := os.pread(self._file.fileno(), offset + size - at, at)):
+                parts.append(part)
+                at += len(part)
+        if at != offset + size:
+            what = "bytes to the end of the file"
+            raise CacheError.mismatch(self.path, offset, what, f"at least {size}", at - offset)
+        return b"".join(parts)
+
+
+class ShardBuilder:
+    """A shard under construction, in a file whose name ends in ``.tmp`` until it is sealed.
+
+    A failure to write is a CacheError, after which the object is of no use: :meth:`recover` takes up what it wrote.
+    """
+
+    def __init__(self, path: Path, header: ShardHeader, entries: list[IndexEntry], end: int) -> None:
+        self.header, self.path = header, path
+        self.rows = sum(entry.rows for entry in entries)
+        self._entries, self._end = entries, end
+        with system_errors(path, "opening the shard for writing"):
+            self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  closed by seal, or with the object
+
+    @classmethod
+    def create(cls, folder: Path, header: ShardHeader) -> ShardBuilder:
+        path = folder / (header.name + TEMPORARY)
+        with system_errors(path, "creating the shard", remedy=_MAKE_ROOM), open(path, "xb", buffering=0) as file:
+            write_at(file.fileno(), header.encode(), 0)
+        return cls(path, header, [], HEADER_BYTES)
+
+    @classmethod
+    def recover(cls, folder: Path, header: ShardHeader) -> ShardBuilder:
+        """Takes up the file of a writer that was killed, as far as whole sequences go."""
+        path = folder / (header.name + TEMPORARY)
+        entries: list[IndexEntry] = []
+        end = HEADER_BYTES
+        with system_errors(path, "looking at an unsealed shard"):
+            size = path.stat().st_size
+        if size > HEADER_BYTES:
+            shard = Shard(path, header)
+            try:
+                for end, whole in shard.sequences(size):
+                    entries += whole
+            except CacheError as torn:
+                _log.warning("%s: %d bytes after the last whole sequence are dropped (%s)", path, size - end, torn)
+        return cls(path, header, entries, end)
+
+    def append(self, blocks: Sequence[tuple[Sequence[Piece], bytes, int]]) -> None:
+        """Writes blocks, given as (pieces, payload, its bytes when inflated), that together hold whole sequences."""
+        data = bytearray()
+        cached: Counter[tuple[bytes, int]] = Counter()
+        for pieces, payload, inflated_bytes in blocks:
+            data += encode_block(self.header.crc, self._end + len(data), pieces, payload, inflated_bytes)
+            for piece in pieces:
+                cached[piece.key, piece.sequence_rows] += piece.cached_rows
+        with system_errors(self.path, "writing a block", self._end, _MAKE_ROOM):
+            write_at(self._file.fileno(), data, self._end)
+        self._entries += [IndexEntry(key, self._end, len(data), rows, n) for (key, rows), n in cached.items()]
+        self.rows += sum(rows for _, rows in cached)
+        self._end += len(data)
+
+    def sync(self) -> None:
+        """Returns when everything that was appended is on the disk."""
+        with system_errors(self.path, "syncing", self._end, _MAKE_ROOM):
+            os.fsync(self._file.fileno())
+            sync_folder(self.path.parent)
+
+    def seal(self) -> Shard | None:
+        """Adds the index and gives the file its final name, whole and on the disk. Without sequences: removes it."""
+        final = self.path.with_name(self.header.name)
+        with system_errors(self.path, "sealing the shard", self._end, _MAKE_ROOM):
+            if not self._entries:
+                self.path.unlink()
+                return None
+            if final.exists():
+                what = "sealed shard of the same number"
+                raise CacheError.mismatch(final, None, what, "none", f"one beside {self.path.name}")
+            os.ftruncate(self._file.fileno(), self._end)
+            write_at(self._file.fileno(), encode_index(self.header.crc, self._end, self._entries), self._end)
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.rename(self.path, final)
+            sync_folder(final.parent)
+        return Shard(final, self.header)

@@ -1,0 +1,135 @@
+"""What the student is pulled towards, the second of a method's three choices: nothing, a live model, or a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from kd_kernels import LinearLogits, SparseTargets
+from kd_kernels.cache import CacheError, CacheReader, content_key
+from kd_trainer.data import Batch, Document
+from kd_trainer.errors import fail
+from kd_trainer.models import CausalLM
+
+
+Targets = LinearLogits | SparseTargets | None
+"""What a teacher can say about a batch."""
+
+
+class Teacher(Protocol):
+    """A source of targets for the rows of a batch."""
+
+    name: str
+
+    def check(self, documents: Sequence[Document]) -> None:
+        """Raise, before training starts, where targets for these documents cannot be had."""
+
+    def targets(self, batch: Batch) -> Targets:
+        """Targets for the batch's rows, one for each of ``batch.rows``."""
+
+
+class NoTeacher:
+    """No target, for objectives with ``kd_weight`` 0."""
+
+    name = "none"
+
+    def check(self, documents: Sequence[Document]) -> None:
+        pass
+
+    def targets(self, batch: Batch) -> None:
+        return None
+
+
+class LiveTeacher:
+    """A model that is run on every batch, without gradient."""
+
+    def __init__(self, model: CausalLM, fingerprint: str) -> None:
+        self.name = fingerprint
+        self._model = model.eval().requires_grad_(False)
+
+    def check(self, documents: Sequence[Document]) -> None:
+        pass
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> LinearLogits:
+        device = batch.rows.device
+        if self._model.device != device:
+            self._model.to(device)
+        with torch.autocast(device.type, enabled=False):  # a teacher computes in the dtype that it was loaded in
+            return self._model(batch)
+
+
+class CachedTeacher:
+    """Targets that were computed once and lie on disk; a document that is not there is an error, never a plain loss."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self.name = reader.manifest.teacher
+        self.reader = reader
+
+    def check(self, documents: Sequence[Document]) -> None:
+        missing = sum(content_key(document.tokens, self.reader.manifest) not in self.reader for document in documents)
+        if missing:
+            raise CacheError(
+                f"train: cache {self.reader.folder} must hold every document, got {missing} of {len(documents)} "
+                "that it lacks (another text, or other data options, than it was built from); add them with kdk cache build",
+                self.reader.folder,
+            )
+        if self.reader.cached_rows < self.reader.rows:  # it was built with prompts left out: are they the same prompts?
+            for document in documents:
+                self._targets(document)
+
+    def _targets(self, document: Document) -> SparseTargets:
+        return self.reader.targets(document.tokens, required=document.counted)
+
+    def targets(self, batch: Batch) -> SparseTargets:
+        targets = SparseTargets.cat([self._targets(document) for document in batch.documents])
+        return normalised(targets).to(batch.rows.device)
+
+
+def normalised(targets: SparseTargets) -> SparseTargets:
+    """The same rows with the kept entries scaled to the mass that the tail leaves them.
+
+    A cache rounds log-probabilities, which moves the kept mass of a row by up to half a step (3 percent at 1/16
+    nats), and keeps the tail exact. A divergence is zero at q = p only for masses that sum to one.
+    """
+    row = targets.row_of_entry()
+    kept = torch.zeros(targets.offsets.shape[0] - 1, dtype=torch.float64)
+    kept.index_add_(0, row, targets.logprobs.double().exp())
+    left = -torch.expm1(targets.tail_logprob.double())
+    shift = torch.where((kept > 0) & (left > 0), left.log() - kept.log(), 0.0)
+    return dataclasses.replace(targets, logprobs=(targets.logprobs + shift[row]).to(targets.logprobs.dtype))
+
+
+def open_cache(folder: str, *, teacher: str | None, tokenizer: str, vocab: int, temperature: float) -> CacheReader:
+    """A cache that is known to come from this teacher and tokenizer, and to know the temperature that is asked for.
+
+    Args:
+        teacher: the fingerprint that it must have; None: any.
+
+    Raises:
+        CacheError: it is not there, damaged, or of another teacher or tokenizer.
+        ValueError: another vocabulary, or a temperature that it has no normaliser for.
+    """
+    reader = CacheReader(folder)
+    manifest = reader.manifest
+    build = "build a cache of this one with kdk cache build"
+    for what, expected, found, remedy in (
+        ("teacher", teacher, manifest.teacher, f"set teacher.model to that one, or {build}"),
+        ("tokenizer", tokenizer, manifest.tokenizer, f"set tokenizer to the teacher's, or {build}"),
+    ):
+        if expected not in (None, found):
+            name = manifest.meta.get("teacher", "unknown")
+            raise CacheError(
+                f"train: cache {folder} must be of {what} {expected}, got {found} (built with {name}); {remedy}", folder
+            )
+    if manifest.vocab != vocab:
+        fail("train", f"the vocabulary of cache {folder}", f"the student's {vocab}", manifest.vocab)
+    if temperature not in (1.0, *manifest.temperatures):
+        fail(
+            "train", "objective.temperature", f"1 or one of the cache's {manifest.temperatures}", temperature,
+            f"build it with kdk cache build --temperatures 1 {temperature:g}",
+        )
+    return reader

@@ -1,0 +1,67 @@
+"""A tiny model, its tokenizer and a text, made once for all tests of the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may look for a hub
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from kd_trainer.config import Config, from_tree
+from kd_trainer.tiny import save_tiny_model, tiny_texts
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained four-layer Llama with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty sentences as JSON lines."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in tiny_texts(60)))
+    return path
+
+
+@pytest.fixture
+def make_config(tiny: Path, text: Path, tmp_path: Path):
+    """A short run on the tiny model; sections and keys can be changed: ``make_config(train={"steps": 3})``."""
+
+    def make(**changes) -> Config:
+        tree = {
+            "out": str(tmp_path / "run"), "method": "sft", "student": {"model": str(tiny)},
+            "data": {"source": str(text), "max_length": 48}, "optim": {"lr": 1e-3},
+            "train": {"steps": 4, "batch_tokens": 256, "tensorboard": False},
+        }
+        for key, value in changes.items():
+            tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value
+        return from_tree(Config, tree)
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps the first precision of a process; here every test chooses its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
