@@ -50,7 +50,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def label(name: str, record: dict) -> str:
-    return LABELS[name].format(**record["measured"]["peers"])
+    return LABELS[name].format(**{peer: version or "?" for peer, version in record["measured"]["peers"].items()})
 
 
 def shape_of(record: dict) -> str:
@@ -121,9 +121,9 @@ def headline(results: dict) -> str:
     )
     return (
         f"On a CPU with {results['machine']['cores']} cores, in fp32, the loss and all gradients of "
-        f"`{timed['divergence']}` ({shape_of(timed)}) take **{ours:.2f} times** the bare matrix products; plain torch takes {plain:.2f} times. "
-        f"At {shape_of(held)} they need **{scratch:,.0f} MiB** beside the gradients; plain torch needs "
-        f"{plain_scratch:,.0f} MiB."
+        f"`{timed['divergence']}` ({shape_of(timed)}) take **{ours:.2f} times** the bare matrix products; plain torch "
+        f"takes {plain:.2f} times. At {shape_of(held)} they need **{scratch:,.0f} MiB** beside the gradients; plain "
+        f"torch needs {plain_scratch:,.0f} MiB."
     )
 
 
@@ -202,8 +202,8 @@ def memory(results: dict) -> str:
     text = (
         f"`{fp32['divergence']}`, {shape_of(fp32)}; kd-kernels with `max_scratch_bytes` of "
         f"{fp32['budget_bytes'] / 2**20:.0f} MiB. Peak resident memory above the level before the call, less the "
-        f"gradients that were asked for ({gradients[0]:.0f} MiB in fp32, {gradients[1]:.0f} MiB in bf16); one fp32 matrix "
-        f"of logits is {fp32['logits_bytes'] / 2**20:,.0f} MiB.\n\n"
+        f"gradients that were asked for ({gradients[0]:.0f} MiB in fp32, {gradients[1]:.0f} MiB in bf16); one fp32 "
+        f"matrix of logits is {fp32['logits_bytes'] / 2**20:,.0f} MiB.\n\n"
     )
     return text + table(["", "fp32", "bf16"], rows) + _skipped(fp32, bf16)
 

@@ -1,6 +1,6 @@
 """Ours, plain torch and other libraries on the same inputs, in alternation, as ratios to the bare matrix products.
 
-    python -m bench.side_by_side --out bench/results/cpu_side_by_side.json [--only NAME ...] [--seconds 60]
+    python -m bench.side_by_side --out bench/results/cpu_side_by_side.json [--only NAME ...] [--seconds 90]
 
 Every comparison first checks our result against float64 and refuses to go on if it is wrong. Then all contenders run
 once a round, in an order that rotates; times are quantiles over rounds, ratios are medians of what the rounds give.
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file, written anew after every comparison")
     parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), default=list(COMPARISONS), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of rounds, for each comparison of times")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of rounds, for each comparison of times")
     asked = parser.parse_args(arguments)
 
     content = {"machine": machine.describe(), "comparisons": {}}

@@ -20,7 +20,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], *, seconds: float, max_rounds: int = 100,
+    contenders: Mapping[str, Callable[[], object]], *, seconds: float, max_rounds: int = 40,
     before_each: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Milliseconds by contender, one a round. The first call of each, which warms it up, is not among them.

@@ -228,7 +228,7 @@ class SparseTargets:
 
     def to(self, device: torch.device | str) -> SparseTargets:
         """The same targets on another device."""
-        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x  # noqa: E731
+        move = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
         return dataclasses.replace(self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     @staticmethod

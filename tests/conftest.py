@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-# Read when OpenMP starts, so before torch is imported: threads that spin while they wait cost a shared machine a factor of ten.
+# Read when OpenMP starts, so before torch is imported: threads that spin while they wait slow a shared machine by ten.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis  # noqa: E402
@@ -17,8 +17,14 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent))  # tests import oracles and helpers by name, from any folder
 
 hypothesis.settings.register_profile(
-    "suite", derandomize=True, deadline=None, max_examples=12, database=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # `backend` is a string, the rest is per test
+    "suite",
+    derandomize=True,
+    deadline=None,
+    max_examples=12,
+    database=None,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture
+    ],  # `backend` is a string, the rest is per test
 )
 hypothesis.settings.load_profile("suite")
 
@@ -58,6 +64,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on this machine's CPU. A missing extension is an error, never a skip."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["fp32 products", "bf16 products"])
+def bf16_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on a CPU without and with bf16 products in hardware: either must be tested on any machine."""
+    monkeypatch.setattr("kd_kernels.products.has_native_bf16_products", lambda: request.param)
     return request.param
 
 

@@ -1,8 +1,8 @@
 """Runs the library and the oracle on the same inputs and compares loss and gradients.
 
 A student or teacher is written down once, as one of the small classes below, and gives both the library's noun and the
-oracle's logits. Three runs per comparison: the library; the oracle in float64 (truth); the oracle in float32, rounded to
-the inputs' dtype (yardstick). The library passes if its error is at most twice the yardstick's, plus the floor of
+oracle's logits. Three runs per comparison: the library; the oracle in float64 (truth); the oracle in float32, rounded
+to the inputs' dtype (yardstick). The library passes if its error is at most twice the yardstick's, plus the floor of
 ``kd_kernels.testing``.
 """
 
@@ -144,10 +144,13 @@ def sparse_targets(rows: list[oracles.Row], dtype: torch.dtype = torch.float32, 
     counts = torch.tensor([0] + [len(r.ids) for r in rows])
     tails = join([r.tail_logprob[None] for r in rows], dtype)
     return SparseTargets(
-        counts.cumsum(0), join([r.ids for r in rows], torch.int64), join([r.logprobs for r in rows], dtype),
+        counts.cumsum(0),
+        join([r.ids for r in rows], torch.int64),
+        join([r.logprobs for r in rows], dtype),
         torch.where(tails <= -oracles.NEVER / 2, -torch.inf, tails),
-        join([r.importance for r in rows], dtype) if rows and rows[0].importance is not None else None, **fields,
-    )  # fmt: skip
+        join([r.importance for r in rows], dtype) if rows and rows[0].importance is not None else None,
+        **fields,
+    )
 
 
 @dataclass
@@ -159,9 +162,16 @@ class Outcome:
     stats: dict[str, Tensor]
 
 
-def run_library(student: Student, teacher: Teacher, divergence: str, *, requires: Sequence[str] | None = None,
-                upstream: Tensor | None = None, **options) -> Outcome:  # fmt: skip
-    """kd_loss and its backward pass. Gradients are asked for the leaves in ``requires`` (None: all); inputs stay untouched."""
+def run_library(
+    student: Student,
+    teacher: Teacher,
+    divergence: str,
+    *,
+    requires: Sequence[str] | None = None,
+    upstream: Tensor | None = None,
+    **options,
+) -> Outcome:
+    """kd_loss and its backward pass, with gradients of the leaves in ``requires`` (None: all). Inputs stay untouched."""
     wanted = list(student.leaves) if requires is None else list(requires)
     leaves = {name: leaf.detach().requires_grad_(name in wanted) for name, leaf in student.leaves.items()}
     given = {**student.leaves, **{f"teacher.{k}": v for k, v in teacher.leaves.items()}}
@@ -178,14 +188,26 @@ def run_library(student: Student, teacher: Teacher, divergence: str, *, requires
 
 def smallest_budget(*args, **options) -> int:
     """The scratch that one row takes, as the complaint about too small a budget says it."""
-    with pytest.raises(ValueError, match="^kd_loss: max_scratch_bytes must be at least .* bytes, which one row takes") as caught:
+    with pytest.raises(
+        ValueError, match="^kd_loss: max_scratch_bytes must be at least .* bytes, which one row takes"
+    ) as caught:
         kd_loss(*args, max_scratch_bytes=1, **options)
     return int(re.search(r"at least (\d+) bytes", str(caught.value))[1])
 
 
-def run_oracle(student: Student, teacher: Teacher, divergence: str, dtype: torch.dtype, *, requires: Sequence[str] | None = None,
-               upstream: Tensor | None = None, rows: Tensor | None = None, labels: Tensor | None = None,
-               token_weight: Tensor | None = None, **options) -> Outcome:  # fmt: skip
+def run_oracle(
+    student: Student,
+    teacher: Teacher,
+    divergence: str,
+    dtype: torch.dtype,
+    *,
+    requires: Sequence[str] | None = None,
+    upstream: Tensor | None = None,
+    rows: Tensor | None = None,
+    labels: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    **options,
+) -> Outcome:
     """The same in one dtype throughout."""
     name, params = CASES[divergence]
     cast = lambda parts: {k: v.detach().to(dtype) for k, v in parts.items()}  # noqa: E731
@@ -208,10 +230,10 @@ def run_oracle(student: Student, teacher: Teacher, divergence: str, dtype: torch
 
 
 def units(student: Student, teacher: Teacher, name: str, rows: Tensor, temperature: float) -> dict[str, Tensor]:
-    """What a row's terms add up to before they cancel, by leaf: the terms of the logits' gradient through the chain rule.
+    """What a row's terms add up to before they cancel, by leaf: those of the logits' gradient, through the chain rule.
 
-    The terms are probabilities, except that those of ``squared_logprob`` are log-probabilities: a tenth of them, because
-    the floor is that of a logit of 10. ``rows`` [N] is the factor that each row's loss has in the result.
+    The terms are probabilities, except that those of ``squared_logprob`` are log-probabilities: a tenth of them,
+    because the floor is that of a logit of 10. ``rows`` [N] is the factor that each row's loss has in the result.
     """
     leaves = {k: v.detach().double() for k, v in student.leaves.items()}
     target = teacher.oracle({k: v.detach().double() for k, v in teacher.leaves.items()})
@@ -234,9 +256,17 @@ def units(student: Student, teacher: Teacher, name: str, rows: Tensor, temperatu
     }
 
 
-def compare(student: Student, teacher: Teacher, divergence: str, *, backend: str | None = None,
-            requires: Sequence[str] | None = None, upstream: Tensor | None = None, library_only: dict | None = None,
-            **options) -> Outcome:  # fmt: skip
+def compare(
+    student: Student,
+    teacher: Teacher,
+    divergence: str,
+    *,
+    backend: str | None = None,
+    requires: Sequence[str] | None = None,
+    upstream: Tensor | None = None,
+    library_only: dict | None = None,
+    **options,
+) -> Outcome:
     """The library against truth and yardstick, in loss and every gradient. Returns the library's outcome.
 
     ``library_only``: options that the oracle has no notion of, because they must change nothing (max_scratch_bytes).
@@ -251,10 +281,12 @@ def compare(student: Student, teacher: Teacher, divergence: str, *, backend: str
 
     rows = next(iter(student.leaves.values())).shape[:-1].numel()
     factor = oracles.row_weights(
-        rows, None if options.get("labels") is None else options["labels"].flatten(),
+        rows,
+        None if options.get("labels") is None else options["labels"].flatten(),
         None if options.get("token_weight") is None else options["token_weight"].flatten(),
-        options.get("ignore_index", -100), torch.float64,
-    )  # fmt: skip
+        options.get("ignore_index", -100),
+        torch.float64,
+    )
     if options.get("reduction", "mean") == "mean":
         total = options.get("normalizer")
         total = float(factor.sum()) if total is None else float(total)
@@ -275,7 +307,10 @@ def compare(student: Student, teacher: Teacher, divergence: str, *, backend: str
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
         rowwise = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
         assert_as_good(
-            rowwise(gradient), rowwise(plain.gradients[name].to(leaf.dtype)), rowwise(truth.gradients[name]),
-            unit=sizes[name], what=f"d {divergence} / d {name}",
+            rowwise(gradient),
+            rowwise(plain.gradients[name].to(leaf.dtype)),
+            rowwise(truth.gradients[name]),
+            unit=sizes[name],
+            what=f"d {divergence} / d {name}",
         )
     return ours

@@ -1,8 +1,8 @@
-"""The truth that the library is judged by: written from the formulas, with torch's own losses, and from nothing in the library.
+"""The truth that the library is judged by: from the formulas, with torch's own losses, and nothing of the library.
 
 p is the teacher, q the student. Everything computes in the dtype of what it is given: hand it float64 and it is the
 truth, hand it float32 and it is the yardstick, the error that plain torch makes on the same inputs. Gradients come from
-autograd. Nothing is chunked, truncated rows are made by adding up the columns that they leave out, and clarity beats speed.
+autograd. Nothing is chunked, truncated rows are made by adding up the columns that they leave out: slow and clear.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NEVER = 1e5
 """How far below the row's maximum a logit of -inf is put: exp underflows to exactly 0 and autograd stays finite."""
 
 
-# ---------------------------------------------------------------------------------------------- divergences, term by term
+# -------------------------------------------------------------------------------------------- divergences, term by term
 
 
 def kl_terms(logp: Tensor, logq: Tensor) -> Tensor:
@@ -85,10 +85,19 @@ def squared_logprob(logp: Tensor, logq: Tensor) -> Tensor:
 TERMS = {
     f.__name__: f
     for f in (
-        forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, jeffreys, total_variation, squared_hellinger, alpha,
-        alpha_beta, squared_logprob,
+        forward_kl,
+        reverse_kl,
+        jsd,
+        skew_forward_kl,
+        skew_reverse_kl,
+        jeffreys,
+        total_variation,
+        squared_hellinger,
+        alpha,
+        alpha_beta,
+        squared_logprob,
     )
-}  # fmt: skip
+}
 """Name -> terms(logp, logq, **parameters), one term an event. Every entry of the library's registry needs one here."""
 
 SYMMETRIC = {"total_variation", "squared_hellinger", "squared_logprob", ("jsd", 0.5), ("jeffreys", 0.5), ("alpha", 0.5)}
@@ -105,11 +114,17 @@ UPPER_BOUND = {
 """Name -> bound(**parameters): what the divergence of two disjoint distributions is."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- logits
+# --------------------------------------------------------------------------------------------------------------- logits
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None,
-           valid_vocab: int | None = None) -> Tensor:  # fmt: skip
+def linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+) -> Tensor:
     """Logits of a head, with the padding columns cut off."""
     logits = scale * F.linear(hidden, weight, bias)
     if softcap is not None:
@@ -131,12 +146,12 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(torch.where(logits == -torch.inf, peak - NEVER * temperature, logits) / temperature, -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- targets
+# -------------------------------------------------------------------------------------------------------------- targets
 
 
 @dataclass
 class Row:
-    """One row of a truncated teacher: the ids that it keeps, the teacher's log-probabilities there, and what is left."""
+    """One row of a truncated teacher: the ids that it keeps, their log-probabilities, and the tail's."""
 
     ids: Tensor
     logprobs: Tensor
@@ -163,7 +178,7 @@ def truncate(logits: Tensor, ids: list[Tensor], temperature: float = 1.0) -> lis
 
 
 def topk(logits: Tensor, k: int, mass: float | None = None) -> list[Row]:
-    """The k largest of every row, descending, ties to the lower id; with ``mass`` only the shortest prefix that reaches it."""
+    """The k largest of each row, descending, ties to the lower id; with ``mass``, the shortest prefix that reaches it."""
     ids = []
     for row in logits.tolist():
         order = sorted(range(len(row)), key=lambda v: (-row[v], v))[:k]
@@ -180,7 +195,7 @@ def log_z(logits: Tensor, temperatures: tuple[float, ...]) -> Tensor:
     return torch.stack([torch.logsumexp(F.log_softmax(logits, -1) / t, -1) for t in temperatures], -1)
 
 
-# ------------------------------------------------------------------------------------------------------------ row by row
+# ----------------------------------------------------------------------------------------------------------- row by row
 
 
 def dense_divergence(student: Tensor, teacher: Tensor, name: str, params: dict, temperature: float = 1.0) -> Tensor:
@@ -188,8 +203,9 @@ def dense_divergence(student: Tensor, teacher: Tensor, name: str, params: dict, 
     return TERMS[name](log_probs(teacher, temperature), log_probs(student, temperature), **params).sum(-1)
 
 
-def sparse_divergence(student: Tensor, rows: list[Row], name: str, params: dict, tail: str = "bucket",
-                      temperature: float = 1.0) -> Tensor:  # fmt: skip
+def sparse_divergence(
+    student: Tensor, rows: list[Row], name: str, params: dict, tail: str = "bucket", temperature: float = 1.0
+) -> Tensor:
     """D of every row against a truncated teacher whose log-probabilities are already those at ``temperature``."""
     values = []
     for logq, row in zip(log_probs(student, temperature), rows):
@@ -208,16 +224,31 @@ def sparse_divergence(student: Tensor, rows: list[Row], name: str, params: dict,
     return torch.stack(values) if values else student.sum(-1)
 
 
-def row_weights(rows: int, labels: Tensor | None, token_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+def row_weights(
+    rows: int, labels: Tensor | None, token_weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
     """w [N]: the token weights, 0 where the label says to ignore."""
     weights = torch.ones(rows, dtype=dtype) if token_weight is None else token_weight.to(dtype)
     return weights if labels is None else torch.where(labels == ignore_index, 0.0, weights)
 
 
-def kd_loss(student: Tensor, teacher: Tensor | list[Row], name: str = "forward_kl", params: dict | None = None, *,
-            labels: Tensor | None = None, ce_weight: float = 0.0, kd_weight: float = 1.0, temperature: float = 1.0,
-            squared_temperature: bool = False, token_weight: Tensor | None = None, normalizer: float | None = None,
-            reduction: str = "mean", ignore_index: int = -100, tail: str = "bucket") -> Tensor:  # fmt: skip
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | list[Row],
+    name: str = "forward_kl",
+    params: dict | None = None,
+    *,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    temperature: float = 1.0,
+    squared_temperature: bool = False,
+    token_weight: Tensor | None = None,
+    normalizer: float | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    tail: str = "bucket",
+) -> Tensor:
     """The whole objective on flat rows [N, V]; a truncated teacher is given at ``temperature`` already."""
     params = params or {}
     weights = row_weights(student.shape[0], labels, token_weight, ignore_index, student.dtype)
@@ -239,7 +270,7 @@ def kd_loss(student: Tensor, teacher: Tensor | list[Row], name: str = "forward_k
     return loss.sum() / total if total > 0 else loss.sum()
 
 
-# ------------------------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------------------------------------- statistics
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -27,7 +27,10 @@ def distance(student: torch.Tensor, teacher: torch.Tensor, divergence, backend: 
 
 
 def test_every_divergence_has_an_oracle_and_a_case() -> None:
-    for what, known in (("oracle in tests/oracles.py", oracles.TERMS), ("case in tests/judge.py", dict(CASES.values()))):
+    for what, known in (
+        ("oracle in tests/oracles.py", oracles.TERMS),
+        ("case in tests/judge.py", dict(CASES.values())),
+    ):
         missing = [name for name in divergences.REGISTRY if name not in known]
         assert not missing, f"no {what} for: {', '.join(missing)}"
 
@@ -71,7 +74,7 @@ def test_generated_header_is_up_to_date() -> None:
     assert generate_terms.HEADER.read_text() == generate_terms.render(), "run: python -m kd_kernels.generate_terms"
 
 
-# --------------------------------------------------------------------------------------------------------- refused input
+# -------------------------------------------------------------------------------------------------------- refused input
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,6 @@ def test_custom_names_are_checked(name: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- properties
 
 
-
 def random_rows(vocab: int, spread: float, correlation: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Student and teacher logits [8, vocab] in float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +140,11 @@ def random_rows(vocab: int, spread: float, correlation: float, seed: int) -> tup
 
 
 logit_rows = st.builds(
-    random_rows, st.integers(2, 40), st.sampled_from([0.01, 1.0, 5.0]), st.sampled_from([0.0, 0.9]), st.integers(0, 2**16)
+    random_rows,
+    st.integers(2, 40),
+    st.sampled_from([0.01, 1.0, 5.0]),
+    st.sampled_from([0.0, 0.9]),
+    st.integers(0, 2**16),
 )
 
 
@@ -259,12 +265,15 @@ def test_custom_divergence(as_string: bool) -> None:
 def test_custom_divergence_on_compiled_backend_is_refused() -> None:
     mine = divergences.custom("smoothed_reverse_kl", smoothed_reverse_kl, floor=1e-3)
     student, teacher = logits_pair("near_0.3", 2, 9)
-    with pytest.raises(RuntimeError, match=r'^kd_loss: divergence must be built in for backend="cpp", got smoothed_reverse_kl'):
+    with pytest.raises(
+        RuntimeError, match=r'^kd_loss: divergence must be built in for backend="cpp", got smoothed_reverse_kl'
+    ):
         kd_loss(student, teacher, mine, backend="cpp")
 
 
 def test_custom_divergence_for_truncated_teachers() -> None:
     """Given the formula of a built-in, it is the built-in, tail included."""
+
     def terms(logp, logq):
         p = logp.exp()
         return torch.where(p > 0, p * (logp - logq), 0.0), -p

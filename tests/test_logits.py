@@ -44,23 +44,39 @@ def test_linear_logits_take_every_float_and_mixtures(dtype: torch.dtype) -> None
         (TypeError, r"LinearLogits: hidden must be of dtype float32, .*, got torch.int64", dict(hidden=HIDDEN.long())),
         (TypeError, r"LinearLogits: weight must be of dtype .*, got torch.complex64", dict(weight=WEIGHT.cfloat())),
         (ValueError, r"LinearLogits: weight must be of shape \[V, H\], got \[9\]", dict(weight=WEIGHT[:, 0])),
-        (ValueError, r"LinearLogits: hidden must be of shape \[\.\.\., H=4\] to match weight, got \[3, 3\]", dict(hidden=HIDDEN[:, :3])),
-        (ValueError, r"LinearLogits: hidden must be of shape \[\.\.\., H=4\] to match weight, got \[\]", dict(hidden=torch.tensor(1.0))),
+        (
+            ValueError,
+            r"LinearLogits: hidden must be of shape \[\.\.\., H=4\] to match weight, got \[3, 3\]",
+            dict(hidden=HIDDEN[:, :3]),
+        ),
+        (
+            ValueError,
+            r"LinearLogits: hidden must be of shape \[\.\.\., H=4\] to match weight, got \[\]",
+            dict(hidden=torch.tensor(1.0)),
+        ),
         (ValueError, r"LinearLogits: weight must be on cpu, like the rest, got meta", dict(weight=WEIGHT.to("meta"))),
         (TypeError, r"LinearLogits: bias must be a torch.Tensor, got float", dict(bias=1.0)),
         (TypeError, r"LinearLogits: bias must be of dtype .*, got torch.int64", dict(bias=torch.zeros(V).long())),
         (ValueError, r"LinearLogits: bias must be of shape \[V=9\], got \[4\]", dict(bias=torch.zeros(H))),
-        (ValueError, r"LinearLogits: bias must be on cpu, like the rest, got meta", dict(bias=torch.zeros(V, device="meta"))),
+        (
+            ValueError,
+            r"LinearLogits: bias must be on cpu, like the rest, got meta",
+            dict(bias=torch.zeros(V, device="meta")),
+        ),
         (ValueError, r"LinearLogits: scale must be finite and greater than 0, got 0", dict(scale=0)),
         (ValueError, r"LinearLogits: scale must be finite and greater than 0, got nan", dict(scale=math.nan)),
         (TypeError, r"LinearLogits: scale must be a number, got Tensor", dict(scale=torch.tensor(1.0))),
-        (ValueError, r"LinearLogits: softcap must be .* greater than 0, got 0.0; pass None for no soft-capping", dict(softcap=0.0)),
+        (
+            ValueError,
+            r"LinearLogits: softcap must be .* greater than 0, got 0.0; pass None for no soft-capping",
+            dict(softcap=0.0),
+        ),
         (ValueError, r"LinearLogits: softcap must be finite .*, got inf", dict(softcap=math.inf)),
         (ValueError, r"LinearLogits: valid_vocab must be in 1\.\.V=9, got 0", dict(valid_vocab=0)),
         (ValueError, r"LinearLogits: valid_vocab must be in 1\.\.V=9, got 10", dict(valid_vocab=10)),
         (TypeError, r"LinearLogits: valid_vocab must be .*int", dict(valid_vocab=2.5)),
     ],
-)  # fmt: skip
+)
 def test_linear_logits_refuse(error: type[Exception], match: str, arguments: dict) -> None:
     with refuses(error, match):
         LinearLogits(**{"hidden": HIDDEN, "weight": WEIGHT, **arguments})
@@ -72,9 +88,11 @@ def test_linear_logits_refuse(error: type[Exception], match: str, arguments: dic
 def fields(**changed) -> dict:
     """Three rows of 2, 0 and 3 entries."""
     good = dict(
-        offsets=torch.tensor([0, 2, 2, 5]), ids=torch.tensor([1, 7, 0, 3, 8]),
-        logprobs=torch.tensor([0.5, 0.25, 0.125, 0.25, 0.5]).log(), tail_logprob=torch.tensor([0.25, 1.0, 0.125]).log(),
-    )  # fmt: skip
+        offsets=torch.tensor([0, 2, 2, 5]),
+        ids=torch.tensor([1, 7, 0, 3, 8]),
+        logprobs=torch.tensor([0.5, 0.25, 0.125, 0.25, 0.5]).log(),
+        tail_logprob=torch.tensor([0.25, 1.0, 0.125]).log(),
+    )
     return {**good, **changed}
 
 
@@ -82,24 +100,68 @@ def fields(**changed) -> dict:
     "error, match, changed",
     [
         (TypeError, r"SparseTargets: offsets must be a torch.Tensor, got list", dict(offsets=[0, 2])),
-        (TypeError, r"SparseTargets: offsets must be of dtype int64, got torch.int32", dict(offsets=torch.tensor([0, 2, 2, 5]).int())),
-        (ValueError, r"SparseTargets: offsets must be of shape \[N \+ 1\], got \[0\]", dict(offsets=torch.zeros(0).long())),
-        (ValueError, r"SparseTargets: offsets must be of shape \[N \+ 1\], got \[1, 4\]", dict(offsets=torch.tensor([[0, 2, 2, 5]]))),
+        (
+            TypeError,
+            r"SparseTargets: offsets must be of dtype int64, got torch.int32",
+            dict(offsets=torch.tensor([0, 2, 2, 5]).int()),
+        ),
+        (
+            ValueError,
+            r"SparseTargets: offsets must be of shape \[N \+ 1\], got \[0\]",
+            dict(offsets=torch.zeros(0).long()),
+        ),
+        (
+            ValueError,
+            r"SparseTargets: offsets must be of shape \[N \+ 1\], got \[1, 4\]",
+            dict(offsets=torch.tensor([[0, 2, 2, 5]])),
+        ),
         (TypeError, r"SparseTargets: ids must be of dtype int64 or int32, got torch.float32", dict(ids=torch.zeros(5))),
         (ValueError, r"SparseTargets: ids must be of shape \[nnz\], got \[5, 1\]", dict(ids=torch.zeros(5, 1).long())),
         (TypeError, r"SparseTargets: logprobs must be a torch.Tensor, got NoneType", dict(logprobs=None)),
-        (TypeError, r"SparseTargets: logprobs must be of dtype float32 or float64, got torch.bfloat16", dict(logprobs=torch.zeros(5).bfloat16())),
+        (
+            TypeError,
+            r"SparseTargets: logprobs must be of dtype float32 or float64, got torch.bfloat16",
+            dict(logprobs=torch.zeros(5).bfloat16()),
+        ),
         (ValueError, r"SparseTargets: logprobs must be of shape \[5\], got \[4\]", dict(logprobs=torch.zeros(4))),
-        (ValueError, r"SparseTargets: tail_logprob must be of shape \[3\], got \[5\]", dict(tail_logprob=torch.zeros(5))),
-        (TypeError, r"SparseTargets: tail_logprob must be of dtype float32 or float64, got torch.int64", dict(tail_logprob=torch.zeros(3).long())),
+        (
+            ValueError,
+            r"SparseTargets: tail_logprob must be of shape \[3\], got \[5\]",
+            dict(tail_logprob=torch.zeros(5)),
+        ),
+        (
+            TypeError,
+            r"SparseTargets: tail_logprob must be of dtype float32 or float64, got torch.int64",
+            dict(tail_logprob=torch.zeros(3).long()),
+        ),
         (ValueError, r"SparseTargets: importance must be of shape \[5\], got \[3\]", dict(importance=torch.zeros(3))),
-        (ValueError, r"SparseTargets: logprobs must be on cpu, like the rest, got meta", dict(logprobs=torch.zeros(5, device="meta"))),
-        (ValueError, r"SparseTargets: offsets must be on cpu, like the rest, got meta", dict(offsets=torch.tensor([0, 2, 2, 5], device="meta"))),
-        (ValueError, r"SparseTargets: temperatures must be finite and greater than 0, got 0.0", dict(temperatures=(1.0, 0.0))),
-        (ValueError, r"SparseTargets: log_z must be given when temperatures are \(1.0, 2.0\), got None", dict(temperatures=(1.0, 2.0))),
-        (ValueError, r"SparseTargets: log_z must be of shape \[3, 2\], got \[3, 1\]", dict(temperatures=(1.0, 2.0), log_z=torch.zeros(3, 1))),
+        (
+            ValueError,
+            r"SparseTargets: logprobs must be on cpu, like the rest, got meta",
+            dict(logprobs=torch.zeros(5, device="meta")),
+        ),
+        (
+            ValueError,
+            r"SparseTargets: offsets must be on cpu, like the rest, got meta",
+            dict(offsets=torch.tensor([0, 2, 2, 5], device="meta")),
+        ),
+        (
+            ValueError,
+            r"SparseTargets: temperatures must be finite and greater than 0, got 0.0",
+            dict(temperatures=(1.0, 0.0)),
+        ),
+        (
+            ValueError,
+            r"SparseTargets: log_z must be given when temperatures are \(1.0, 2.0\), got None",
+            dict(temperatures=(1.0, 2.0)),
+        ),
+        (
+            ValueError,
+            r"SparseTargets: log_z must be of shape \[3, 2\], got \[3, 1\]",
+            dict(temperatures=(1.0, 2.0), log_z=torch.zeros(3, 1)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_sparse_targets_refuse(error: type[Exception], match: str, changed: dict) -> None:
     with refuses(error, match):
         SparseTargets(**fields(**changed))
@@ -111,7 +173,9 @@ def test_sparse_targets_know_their_rows() -> None:
 
 
 def test_select_takes_rows_in_any_order_and_again() -> None:
-    targets = SparseTargets(**fields(importance=torch.arange(5.0), temperatures=(1.0, 2.0), log_z=torch.arange(6.0).view(3, 2)))
+    targets = SparseTargets(
+        **fields(importance=torch.arange(5.0), temperatures=(1.0, 2.0), log_z=torch.arange(6.0).view(3, 2))
+    )
     picked = targets.select(torch.tensor([2, 1, 0, 2]))
     assert picked.offsets.tolist() == [0, 3, 3, 5, 8]
     assert picked.ids.tolist() == [0, 3, 8, 1, 7, 0, 3, 8]
@@ -161,12 +225,32 @@ def test_from_topk_of_a_whole_vocabulary_has_no_tail() -> None:
 @pytest.mark.parametrize(
     "error, match, ids, logprobs",
     [
-        (ValueError, r"SparseTargets.from_topk: ids and logprobs must be of one shape \[N, k\], got \[4\] and \[4\]", torch.zeros(4).long(), torch.zeros(4)),
-        (ValueError, r"SparseTargets.from_topk: ids and logprobs must be of one shape \[N, k\], got \[2, 3\] and \[2, 4\]", torch.zeros(2, 3).long(), torch.zeros(2, 4)),
-        (TypeError, r"SparseTargets.from_topk: ids must be of dtype int64 or int32, got torch.float32", torch.zeros(2, 3), torch.zeros(2, 3)),
-        (TypeError, r"SparseTargets.from_topk: logprobs must be a torch.Tensor, got list", torch.zeros(2, 3).long(), [[0.0]]),
+        (
+            ValueError,
+            r"SparseTargets.from_topk: ids and logprobs must be of one shape \[N, k\], got \[4\] and \[4\]",
+            torch.zeros(4).long(),
+            torch.zeros(4),
+        ),
+        (
+            ValueError,
+            r"SparseTargets.from_topk: ids and logprobs must be of one shape \[N, k\], got \[2, 3\] and \[2, 4\]",
+            torch.zeros(2, 3).long(),
+            torch.zeros(2, 4),
+        ),
+        (
+            TypeError,
+            r"SparseTargets.from_topk: ids must be of dtype int64 or int32, got torch.float32",
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+        ),
+        (
+            TypeError,
+            r"SparseTargets.from_topk: logprobs must be a torch.Tensor, got list",
+            torch.zeros(2, 3).long(),
+            [[0.0]],
+        ),
     ],
-)  # fmt: skip
+)
 def test_from_topk_refuses(error: type[Exception], match: str, ids: Tensor, logprobs: Tensor) -> None:
     with refuses(error, match):
         SparseTargets.from_topk(ids, logprobs)
@@ -191,12 +275,20 @@ def test_at_temperature_is_the_tempered_distribution(dtype: torch.dtype) -> None
 
 def test_at_temperature_keeps_an_empty_tail_empty() -> None:
     _, teacher = logits_pair("near_0.3", 3, 8, torch.float64)
-    targets = sparse_targets(oracles.topk(teacher, 8), torch.float32, temperatures=(1.0, 2.0), log_z=oracles.log_z(teacher, (1.0, 2.0)).float())
+    targets = sparse_targets(
+        oracles.topk(teacher, 8),
+        torch.float32,
+        temperatures=(1.0, 2.0),
+        log_z=oracles.log_z(teacher, (1.0, 2.0)).float(),
+    )
     assert targets.at_temperature(2.0).tail_logprob.tolist() == [-math.inf] * 3
 
 
 def test_at_temperature_refuses() -> None:
-    with refuses(ValueError, r"kd_loss: temperature must be one that the sparse targets declare \(1.0\), got 2.0; log Z of a truncated row"):
+    with refuses(
+        ValueError,
+        r"kd_loss: temperature must be one that the sparse targets declare \(1.0\), got 2.0; log Z of a truncated row",
+    ):
         SparseTargets(**fields()).at_temperature(2.0)
     declared = SparseTargets(**fields(temperatures=(1.0, 2.0), log_z=torch.zeros(3, 2)))
     with refuses(ValueError, r"kd_loss: temperature must be one that the sparse targets declare \(1.0, 2.0\), got 3.0"):
@@ -220,17 +312,45 @@ def test_ensemble_normalises_its_weights() -> None:
     [
         (ValueError, r"EnsembleLogits: members must be at least one, got none", dict(members=())),
         (ValueError, r"EnsembleLogits: space must be one of logit, prob, got 'log'", dict(space="log")),
-        (TypeError, r"EnsembleLogits: members\[1\] must be a tensor or LinearLogits, got list", dict(members=(torch.zeros(2, V), [1.0]))),
-        (TypeError, r"EnsembleLogits: members\[0\] must be a tensor or LinearLogits, got SparseTargets", dict(members=(SparseTargets(**fields()),))),
-        (ValueError, r"EnsembleLogits: members\[1\] must be of \[2\] rows like members\[0\], got \[3\]", dict(members=(torch.zeros(2, V), torch.zeros(3, V)))),
-        (ValueError, r"EnsembleLogits: members\[1\] must be of V=9 like members\[0\], got 8; give the padded ones valid_vocab", dict(members=(torch.zeros(2, V), torch.zeros(2, 8)))),
-        (ValueError, r"EnsembleLogits: members\[1\] must be on cpu, like the rest, got meta", dict(members=(torch.zeros(2, V), torch.zeros(2, V, device="meta")))),
-        (TypeError, r"EnsembleLogits: members\[0\] must be of dtype .*, got torch.int64", dict(members=(torch.zeros(2, V).long(),))),
-        (ValueError, r"EnsembleLogits: weights must be one number for each of 1 members, got 2", dict(weights=(1.0, 2.0))),
+        (
+            TypeError,
+            r"EnsembleLogits: members\[1\] must be a tensor or LinearLogits, got list",
+            dict(members=(torch.zeros(2, V), [1.0])),
+        ),
+        (
+            TypeError,
+            r"EnsembleLogits: members\[0\] must be a tensor or LinearLogits, got SparseTargets",
+            dict(members=(SparseTargets(**fields()),)),
+        ),
+        (
+            ValueError,
+            r"EnsembleLogits: members\[1\] must be of \[2\] rows like members\[0\], got \[3\]",
+            dict(members=(torch.zeros(2, V), torch.zeros(3, V))),
+        ),
+        (
+            ValueError,
+            r"EnsembleLogits: members\[1\] must be of V=9 like members\[0\], got 8; give the padded ones valid_vocab",
+            dict(members=(torch.zeros(2, V), torch.zeros(2, 8))),
+        ),
+        (
+            ValueError,
+            r"EnsembleLogits: members\[1\] must be on cpu, like the rest, got meta",
+            dict(members=(torch.zeros(2, V), torch.zeros(2, V, device="meta"))),
+        ),
+        (
+            TypeError,
+            r"EnsembleLogits: members\[0\] must be of dtype .*, got torch.int64",
+            dict(members=(torch.zeros(2, V).long(),)),
+        ),
+        (
+            ValueError,
+            r"EnsembleLogits: weights must be one number for each of 1 members, got 2",
+            dict(weights=(1.0, 2.0)),
+        ),
         (ValueError, r"EnsembleLogits: weights must be finite and greater than 0, got 0.0", dict(weights=(0.0,))),
         (TypeError, r"EnsembleLogits: weights must be a number, got str", dict(weights=("1",))),
     ],
-)  # fmt: skip
+)
 def test_ensemble_refuses(error: type[Exception], match: str, arguments: dict) -> None:
     with refuses(error, match):
         EnsembleLogits(**{"members": (torch.zeros(2, V),), **arguments})

@@ -47,8 +47,15 @@ def test_masked_columns_are_as_if_they_were_not_there() -> None:
     mask = torch.zeros(5, 23, dtype=torch.bool)
     mask[:, [2, 9]] = True
     rest = [v for v in range(23) if v not in (2, 9)]
-    for name, params in (("forward_kl", {}), ("jsd", {"beta": 0.5}), ("squared_logprob", {}), ("alpha", {"alpha": 0.5})):
-        masked = oracles.dense_divergence(STUDENT.masked_fill(mask, -math.inf), TEACHER.masked_fill(mask, -math.inf), name, params)
+    for name, params in (
+        ("forward_kl", {}),
+        ("jsd", {"beta": 0.5}),
+        ("squared_logprob", {}),
+        ("alpha", {"alpha": 0.5}),
+    ):
+        masked = oracles.dense_divergence(
+            STUDENT.masked_fill(mask, -math.inf), TEACHER.masked_fill(mask, -math.inf), name, params
+        )
         torch.testing.assert_close(masked, oracles.dense_divergence(STUDENT[:, rest], TEACHER[:, rest], name, params))
 
 

@@ -1,9 +1,10 @@
 // The k largest of each row with the exact mass of the rest, in one pass over the logits.
 //
-// A row has a bound, which is at most its k-th largest logit. Logits above the bound are collected as candidates; all others
-// go into the sum of the tail at once, so there is one exponential a logit (and one more for each further temperature). When
-// the candidates' room is full, the k best stay, the others join the tail, and the bound rises to the k-th. The tail is thus
-// summed over the very columns that are left out, relative to its own maximum: a tail of e^-200 is as exact as one of 1/2.
+// A row has a bound, which is at most its k-th largest logit. Logits above the bound are collected as candidates; all
+// others go into the sum of the tail at once, so there is one exponential a logit (and one more for each further
+// temperature). When the candidates' room is full, the k best stay, the others join the tail, and the bound rises to
+// the k-th. The tail is thus summed over the very columns that are left out, relative to its own maximum: a tail of
+// e^-200 is as exact as one of 1/2.
 #include "topk.h"
 
 #include <algorithm>
@@ -27,8 +28,8 @@ template <class S> constexpr S kInf = std::numeric_limits<S>::infinity();
 template <class S> constexpr int64_t kGroup = kVectors * Lanes<S>::width;
 static_assert(kGroup<float> <= kTopkSlack && kBlock % kGroup<float> == 0, "a group must fit");
 
-// As an argument of std::nth_element and std::sort, a type of this file keeps what is instantiated private to this file.
-// Were it shared, the linker could put AVX-512 code into the baseline.
+// As an argument of std::nth_element and std::sort, a type of this file keeps what is instantiated private to this
+// file. Were it shared, the linker could put AVX-512 code into the baseline.
 struct Better {
   template <class S> bool operator()(const Candidate<S>& a, const Candidate<S>& b) const {
     return (a.logit > b.logit) | ((a.logit == b.logit) & (a.id < b.id));
@@ -99,8 +100,10 @@ template <class S> class Row {
     }
     // The largest of what is left out: the first candidate that the mass made superfluous, or the tail's maximum.
     const double left = length < count_ ? candidates_[length].logit : reference();
-    const double left_sum = sum_candidates(length, left, 1.0) + (sums()[0] > 0 ? std::exp(reference() - left) * sums()[0] : 0);
-    *tail_logprob = left_sum > 0 ? static_cast<S>(std::min(0.0, (left - top) + std::log(left_sum) - log_sum)) : -kInf<S>;
+    const double tail_sum = sums()[0] > 0 ? std::exp(reference() - left) * sums()[0] : 0;
+    const double left_sum = sum_candidates(length, left, 1.0) + tail_sum;
+    const double left_logprob = left_sum > 0 ? (left - top) + std::log(left_sum) - log_sum : -kInf<double>;
+    *tail_logprob = static_cast<S>(std::min(0.0, left_logprob));
     count_ = length;
   }
 
@@ -136,7 +139,7 @@ template <class S> class Row {
       if (count_ + kGroup<S> > job_.capacity) prune();
       most = maximum(collect(x + g * kGroup<S>, limit, first + g * kGroup<S>), most);
     }
-    add_to_tail(x, n, limit, lane_max<S>(most));
+    add_to_tail(x, n, limit, lane_max<S>(most), x + n);
   }
 
   // Collects the candidates of one group, and returns the maximum of the others.
@@ -156,8 +159,8 @@ template <class S> class Row {
     return most;
   }
 
-  // Maxima of k disjoint sets: the least of them is at most the k-th largest of all. Returns a number just below the least
-  // of the k largest maxima, or -inf where there are too few.
+  // Maxima of k disjoint sets: the least of them is at most the k-th largest of all. Returns a number just below the
+  // least of the k largest maxima, or -inf where there are too few.
   double first_bound(const V* maxima, int64_t groups) const {
     constexpr int64_t width = Lanes<S>::width;
     if (groups * width < job_.k) return -kInf<double>;
@@ -186,7 +189,7 @@ template <class S> class Row {
         group[i] = begin + i < count_ ? candidates_[begin + i].logit : -kInf<S>;
         most = std::max(most, group[i]);
       }
-      add_to_tail(group, kGroup<S>, kInf<S>, most);
+      add_to_tail(group, kGroup<S>, kInf<S>, most, group);
     }
     count_ = job_.k;
   }
@@ -194,15 +197,17 @@ template <class S> class Row {
   // The columns that are not above the bound; -inf for the others, which adds nothing to a sum of exponentials.
   static V tail_only(V z, V bound) { return where(z > bound, V{} - kInf<S>, z); }
 
-  // Adds the columns that are not above the limit, the greatest of which is `most`.
-  void add_to_tail(const S* x, int64_t n, S limit, S most) {
+  // Adds the columns that are not above the limit, the greatest of which is `most`. What is read `next` is fetched
+  // into cache meanwhile.
+  void add_to_tail(const S* x, int64_t n, S limit, S most, const S* next) {
     raise_reference(most);
     const V bound = V{} + limit;
-    const S height = reference() > -kInf<double> ? static_cast<S>(reference()) : S{0};  // where nothing but -inf was seen
-    sums()[0] += sum_exp(x, n, bound, height, [](V gap) { return gap; });
+    const bool empty = reference() == -kInf<double>;  // -inf minus any number will do, minus itself it would be NaN
+    const S height = empty ? S{0} : static_cast<S>(reference());
+    sums()[0] += sum_exp(x, n, bound, height, next, [](V gap) { return gap; });
     for (int64_t t = 0; t < job_.temperatures; ++t) {
       const V inverse = splat<V>(job_.inverses[t]);
-      sums()[1 + t] += sum_exp(x, n, bound, height, [=](V gap) { return gap * inverse; });
+      sums()[1 + t] += sum_exp(x, n, bound, height, next, [=](V gap) { return gap * inverse; });
     }
   }
 
@@ -214,12 +219,14 @@ template <class S> class Row {
     reference() = to;
   }
 
-  template <class Temper> static double sum_exp(const S* x, int64_t n, V bound, S height, Temper temper) {
+  template <class Temper>
+  static double sum_exp(const S* x, int64_t n, V bound, S height, const S* next, Temper temper) {
     constexpr int64_t width = Lanes<S>::width;
     V lanes[4] = {};  // four sums at a time: they need not wait for each other, and each stays short
     for (int64_t v = 0; v < n; v += 4 * width)
       for (int64_t i = 0; i < 4; ++i) {
         const V z = load<V>(x + v + i * width);
+        __builtin_prefetch(next + v + i * width);
         lanes[i] += exp(temper(tail_only(z, bound) - height));
       }
     return lane_sum((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));

@@ -18,8 +18,8 @@ constexpr int64_t kTopkSlack = 128;
 enum TopkComplaint : int64_t { kTopkInfinite = -1, kTopkNaN = -2 };
 
 // Columns [first_column, first_column + columns) of rows of logits. A row is seen once, from left to right, in as many
-// panels as suit the caller; what was learned so far stays in `candidates`, `counts` and `running` between the calls. The
-// results are written together with the last panel.
+// panels as suit the caller; what was learned so far stays in `candidates`, `counts` and `running` between the calls.
+// The results are written together with the last panel.
 template <class S> struct TopkRows {
   const S* panel;
   int64_t stride, rows, first_column, columns;

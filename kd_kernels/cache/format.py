@@ -110,8 +110,7 @@ class ShardHeader:
         (found_crc,) = _CRC.unpack_from(data, _HEADER.size)
         crc = zlib.crc32(data[: _HEADER.size])
         if crc != found_crc:
-            what = "CRC-32 of the shard header"
-            raise CacheError.mismatch(path, _HEADER.size, what, f"{crc:08x}", f"{found_crc:08x}")
+            raise CacheError.mismatch(path, 0, "CRC-32 of the shard header", f"{crc:08x}", f"{found_crc:08x}")
         magic, version, number, manifest, writer = _HEADER.unpack_from(data)
         for what, expected, found in (
             ("magic of the shard", _HEADER_MAGIC, magic),

@@ -124,11 +124,11 @@ class CacheWriter:
         if key in self:
             return False
         rows = canonical_rows(where, tokens, targets, next_logprobs, positions, self.manifest)
-        if sum(len(waiting) for _, waiting in self._waiting) + len(rows) > self._rows_per_block:
+        if self._waiting_rows() + len(rows) > self._rows_per_block:
             self._write_waiting()
         self._added.add(key)
         self._waiting.append((key, rows))
-        if len(rows) >= self._rows_per_block:
+        if self._waiting_rows() >= self._rows_per_block:
             self._write_waiting()
         return True
 
@@ -157,6 +157,9 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _waiting_rows(self) -> int:
+        return sum(len(rows) for _, rows in self._waiting)
 
     def _write_waiting(self) -> None:
         """Short sequences that fit in one block together, or one sequence of any length."""

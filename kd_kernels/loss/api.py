@@ -180,6 +180,7 @@ def kd_loss(
 
     student_tensors, student_description = pack(student_noun)
     teacher_tensors, teacher_description = pack(teacher)
+    teacher_tensors = [t.detach() for t in teacher_tensors]
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     plan = Plan(
         student=student_description, teacher=teacher_description, columns=columns,
@@ -283,13 +284,15 @@ def _fake_stats(student: list[Tensor], plan: Plan) -> list[Tensor]:
 
 
 def _fake_gradients(student: list[Tensor], plan: Plan) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, needed in zip(student, plan.needs_grad) if needed]
+    wanted = [t for t, needed in zip(student, plan.needs_grad) if needed]
+    return [t.new_empty(t.shape, dtype=driver.gradient_dtype(t.dtype)) for t in wanted]
 
 
-def _spread(plan: Plan, gradients: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients in the places of the tensors that need one, None in the others."""
+def _spread(plan: Plan, dtypes: list[torch.dtype], gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in the places, and the dtypes, of the tensors that need one; None in the others."""
     waiting = iter(gradients)
-    return [next(waiting) if needed else None for needed in plan.needs_grad]
+    spread = [next(waiting) if needed else None for needed in plan.needs_grad]
+    return [None if g is None else g.to(dtype) for g, dtype in zip(spread, dtypes)]
 
 
 @torch.library.custom_op("kd_kernels::loss", mutates_args=())
@@ -310,17 +313,31 @@ def _(student: list[Tensor], teacher: list[Tensor], row_inputs: list[Tensor], pl
 
 
 def _keep_gradients(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # else autograd makes zeros of the head's size for the gradients among the outputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = [tensor.dtype for tensor in inputs[0]]
     ctx.plan, ctx.lengths = read(inputs[3]), (len(inputs[1]), len(inputs[2]))
     ctx.save_for_backward(*output[1 + len(ctx.plan.stats) :])
 
 
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # autograd records a backward pass only for create_graph=True
+        raise RuntimeError(
+            _check.complaint(WHERE, "create_graph", "False: the gradient is not differentiable", True)
+        )
+
+
 def _scale_gradients(ctx, upstream):
+    _refuse_second_derivatives()
     scale = upstream[0]
-    gradients = list(ctx.saved_tensors)
+    gradients: list[Tensor | None] = list(ctx.saved_tensors)
+    if scale is None:
+        gradients = [None] * len(gradients)
     # loss.backward() sends 1: then the gradients are returned as they are. Reading it costs nothing on a CPU.
-    if type(scale) is not Tensor or scale.device.type != "cpu" or scale.item() != 1.0:
-        gradients = [gradient * scale.to(gradient.dtype) for gradient in gradients]
-    return _spread(ctx.plan, gradients), [None] * ctx.lengths[0], [None] * ctx.lengths[1], None
+    elif type(scale) is not Tensor or scale.device.type != "cpu" or scale.item() != 1.0:
+        # In the wider of the two dtypes: a loss scale may be beyond fp16, and must not be rounded to bf16.
+        gradients = [(gradient * scale[None]).to(gradient.dtype) for gradient in gradients]
+    return _spread(ctx.plan, ctx.dtypes, gradients), [None] * ctx.lengths[0], [None] * ctx.lengths[1], None
 
 
 _loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -356,16 +373,21 @@ def _(upstream: Tensor, student: list[Tensor], teacher: list[Tensor], row_inputs
 
 
 def _keep_inputs(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     student, teacher, row_inputs, ctx.plan_text = inputs
     ctx.lengths = (len(student), len(teacher), len(row_inputs))
     ctx.save_for_backward(*student, *teacher, *row_inputs)
 
 
 def _recompute(ctx, upstream):
+    _refuse_second_derivatives()
     tensors, (a, b, c) = list(ctx.saved_tensors), ctx.lengths
     student, teacher, row_inputs = tensors[:a], tensors[a : a + b], tensors[a + b :]
+    if upstream[0] is None:
+        return [None] * a, [None] * b, [None] * c, None
     gradients = _loss_per_token_backward(upstream[0], student, teacher, row_inputs, ctx.plan_text)
-    return _spread(read(ctx.plan_text), gradients), [None] * b, [None] * c, None
+    return _spread(read(ctx.plan_text), [t.dtype for t in student], gradients), [None] * b, [None] * c, None
 
 
 _loss_per_token.register_autograd(_recompute, setup_context=_keep_inputs)

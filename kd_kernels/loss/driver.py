@@ -24,6 +24,11 @@ ROW_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "cpp": cpp
 """Modules with ``dense_rows`` and ``sparse_rows``, by backend."""
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the gradient of a tensor is kept in until its backward: fp16 has no room before the loss scale is applied."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 @dataclass(frozen=True)
 class RowInputs:
     """Per-row inputs of one call, flattened to ``[N]``."""
@@ -54,7 +59,8 @@ class LinearGradient:
         self.products, self.chunks = products, chunks
         linear = products.linear
         needs_hidden, needs_weight, needs_bias = (*needs_grad, False)[:3]
-        self.hidden = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        dtype = gradient_dtype(linear.hidden.dtype)
+        self.hidden = torch.zeros(linear.hidden.shape, dtype=dtype, device=linear.device) if needs_hidden else None
         self.weight = torch.empty(linear.weight.shape, dtype=products.dtype, device=linear.device) if needs_weight else None
         self.bias = torch.zeros(linear.weight.shape[0], dtype=products.dtype, device=linear.device) if needs_bias else None
         self.is_first = True
@@ -96,9 +102,9 @@ class LinearGradient:
             done.append(self.hidden)
         if self.weight is not None:
             self.weight[0 if self.is_first else self.products.columns :] = 0
-            done.append(self.weight.to(linear.weight.dtype))
+            done.append(self.weight.to(gradient_dtype(linear.weight.dtype)))
         if self.bias is not None:
-            done.append(self.bias.to(linear.bias.dtype))
+            done.append(self.bias.to(gradient_dtype(linear.bias.dtype)))
         return done
 
 
@@ -199,7 +205,7 @@ def _run(
         if isinstance(student, LinearLogits):
             sink = LinearGradient(student_rows, plan.needs_grad, chunks)  # type: ignore[arg-type]
         else:
-            sink = TensorGradient(student_rows, student.shape, student.dtype)  # type: ignore[arg-type]
+            sink = TensorGradient(student_rows, student.shape, gradient_dtype(student.dtype))  # type: ignore[arg-type]
     for each in sources:
         each.open(step)
     job, want_stats = plan.job(), bool(plan.stats)

@@ -45,9 +45,9 @@ def topk_targets(
         backend: "cpp" (CPU) or "reference" (any device). None: by the device.
 
     Returns:
-        SparseTargets of N rows, without gradient, on the device of ``logits``: in a row, entries fall in log-probability,
-        equal ones rise in id. fp32 (fp64 for fp64 inputs), int64 ids. ``tail_logprob`` is -inf where nothing is left
-        out. ``log_z`` is ``[N, len(temperatures)]``, 0 at T = 1. N = 0 gives no rows.
+        SparseTargets of N rows, without gradient, on the device of ``logits``. In a row, entries fall in
+        log-probability, equal ones rise in id. fp32 (fp64 for fp64 inputs), int64 ids. ``tail_logprob`` is -inf where
+        nothing is left out. ``log_z`` is ``[N, len(temperatures)]``, 0 at T = 1. N = 0 gives no rows.
 
     Raises:
         TypeError: ``logits`` is no dense noun, or a number is no number.
@@ -56,16 +56,17 @@ def topk_targets(
         RuntimeError: a backend that does not exist here.
 
     Numerics: logits in fp32, whatever autocast says (products of half-precision inputs are not rounded). The tail is
-    summed over the very columns that are left out, relative to its own maximum, so it is as exact at e^-80 as at 1/2; it is
-    never one minus the rest. ``cpp``: exponentials to 2 ulp of fp32, sums in fp64 from block to block. The result does not
-    depend on threads or on ``max_scratch_bytes`` beyond the rounding of the products. A prefix that reaches
-    ``mass`` within 1e-6 may differ by an entry between backends.
+    summed over the very columns that are left out, relative to its own maximum, so it is as exact at e^-200 as at 1/2;
+    it is never one minus the rest. ``cpp``: exponentials to 2 ulp of fp32, sums in fp64 from block to block. The result
+    does not depend on the number of threads, and on ``max_scratch_bytes`` by no more than rounding. A prefix that
+    reaches ``mass`` within 1e-6 may differ by an entry between backends.
 
-    Cost: the head's product, and one pass over its result while that is in cache: ``H V`` weights are read once for
-    some hundred rows, ``N V`` logits touch no memory. Scratch: 16 KiB a row for the panel, 16 k + 1 KiB for candidates.
+    Cost: the head's product, and one pass over its result while that is in cache. ``H V`` weights are read once for up
+    to 1,024 rows. Scratch of ``cpp``: a panel of 1 to 2 Mi logits (4 to 8 MiB in fp32), and 16 k + 1,048 bytes a row of
+    it; whole rows for a mixture of probabilities.
 
-    Not a registered op of torch: how many entries come out depends on the values, so a compiled graph breaks here in any
-    case. Targets are made outside of the training step.
+    Not a registered op of torch: how many entries come out depends on the values, so a compiled graph breaks here in
+    any case. Targets are made outside of the training step.
     """
     _check_arguments(logits, k, mass)
     temperatures = _checked_temperatures(temperatures)
@@ -77,7 +78,8 @@ def topk_targets(
         result = BACKENDS[chosen](noun, dtype, min(k, vocab(noun)), mass, others, max_scratch_bytes)
         _check_rows(result.counts)
         columns = iter(result.log_z.unbind(1))
-        log_z = torch.stack([torch.zeros_like(result.tail_logprob) if t == 1.0 else next(columns) for t in temperatures], 1)
+        at_one = torch.zeros_like(result.tail_logprob)
+        log_z = torch.stack([at_one if t == 1.0 else next(columns) for t in temperatures], 1)
         return _compressed(result, temperatures, log_z)
 
 
@@ -96,10 +98,10 @@ def _compressed(rows: Truncated, temperatures: tuple[float, ...], log_z: Tensor)
 def _check_arguments(logits: object, k: object, mass: object) -> None:
     if not isinstance(logits, (Tensor, LinearLogits, EnsembleLogits)):
         _check.fail_type(WHERE, "logits", "a tensor, LinearLogits or EnsembleLogits", type(logits).__name__)
-    if isinstance(logits, Tensor):
-        _check.floating(WHERE, "logits", logits)
-        if logits.dim() < 1 or logits.shape[-1] < 1:
-            _check.fail(WHERE, "logits", "of shape [..., V] with V at least 1", list(logits.shape))
+    if isinstance(logits, Tensor) and _check.floating(WHERE, "logits", logits).dim() < 1:
+        _check.fail(WHERE, "logits", "of shape [..., V]", list(logits.shape))
+    if vocab(logits) < 1:
+        _check.fail(WHERE, "logits", "of at least one column", 0)
     if isinstance(k, bool) or not isinstance(k, int):
         _check.fail_type(WHERE, "k", "an int", type(k).__name__)
     if not 1 <= k <= MAX_K:

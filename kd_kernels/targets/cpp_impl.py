@@ -27,12 +27,6 @@ def _columns(logits: Logits, begin: int, end: int) -> Logits:
     return EnsembleLogits(tuple(_columns(m, begin, end) for m in logits.members), logits.weights, logits.space)
 
 
-def _panel_columns(logits: Logits) -> int:
-    """How many columns to form at a time. A mixture of probabilities needs whole rows, for its members' normalisers."""
-    mixes = isinstance(logits, EnsembleLogits) and logits.space == "prob"
-    return vocab(logits) if mixes else config.panel_columns(vocab(logits))
-
-
 def _mapped(rows: products.RawRows) -> Tensor:
     """The logits of a panel, in its own memory: only products of a head have a map, and those are scratch."""
     z = rows.raw
@@ -52,7 +46,10 @@ def topk(
     """See :class:`Truncated`."""
     extension = _backend.extension()
     run = extension.topk_rows_fp64 if dtype == torch.float64 else extension.topk_rows_fp32
-    (rows,), columns, width = leading_shape(logits), vocab(logits), _panel_columns(logits)
+    (rows,), columns = leading_shape(logits), vocab(logits)
+    # A mixture of probabilities needs whole rows, for the normalisers of its members.
+    mixes = isinstance(logits, EnsembleLogits) and logits.space == "prob"
+    width = columns if mixes else config.panel_columns(rows, columns)
     capacity = min(2 * k, columns) + extension.topk_slack
 
     panel = products.source(_columns(logits, 0, width), None, dtype)
@@ -63,8 +60,11 @@ def topk(
     step = config.panel_rows(rows, fitting)
 
     result = Truncated(
-        torch.empty(rows, dtype=torch.int64), torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k, dtype=dtype),
-        torch.empty(rows, dtype=dtype), torch.empty(rows, len(temperatures), dtype=dtype),
+        counts=torch.empty(rows, dtype=torch.int64),
+        ids=torch.empty(rows, k, dtype=torch.int64),
+        logprobs=torch.empty(rows, k, dtype=dtype),
+        tail_logprob=torch.empty(rows, dtype=dtype),
+        log_z=torch.empty(rows, len(temperatures), dtype=dtype),
     )
     candidates = torch.empty(step, 2 * capacity, dtype=dtype)
     running = torch.empty(step, 3 + len(temperatures), dtype=torch.float64)

@@ -10,10 +10,12 @@ from kd_kernels.logits import Logits, leading_shape, vocab
 from kd_kernels.targets.truncated import INFINITE, NOT_A_NUMBER, Truncated
 
 FLOAT64_COPIES = 8
-"""Matrices of 8-byte numbers that one chunk holds at a time: logits, sorted, indices, and the temporaries of the sums."""
+"""Matrices of 8-byte numbers that a chunk holds at a time: logits, sorted, indices, the temporaries of the sums."""
 
 
-def _truncate(logits: Tensor, k: int, mass: float | None, temperatures: tuple[float, ...], dtype: torch.dtype) -> Truncated:
+def _truncate(
+    logits: Tensor, k: int, mass: float | None, temperatures: tuple[float, ...], dtype: torch.dtype,
+) -> Truncated:
     # A stable sort keeps equal logits in the order of their ids.
     ordered, ids = logits.double().sort(dim=1, descending=True, stable=True)
     logprobs = ordered - ordered.logsumexp(1, keepdim=True)

@@ -49,17 +49,17 @@ def smollm2_scale() -> Scale:
     return Scale(
         teacher=assets.SMOLLM2, layers=(*range(0, 27, 3), 29), data=data,
         held_out=dataclasses.replace(data, part="holdout", limit=32),
-        optim=OptimConfig(lr=3e-4), steps=80, batch_tokens=512,
+        optim=OptimConfig(lr=1e-3), steps=80, batch_tokens=512,
     )
 
 
 def tiny_scale(out: Path) -> Scale:
     """A teacher that is trained on the spot, on a text that is made on the spot: seconds, and no download."""
     teacher, text = make_tiny(out / "tiny")
-    data = DataConfig(source=str(text), max_length=96, holdout=0.4)
+    data = DataConfig(source=str(text), max_length=96, holdout=0.5)
     return Scale(
         teacher=str(teacher), layers=(0, 3), data=data, held_out=dataclasses.replace(data, part="holdout"),
-        optim=OptimConfig(lr=3e-3), steps=40, batch_tokens=256, k=16,
+        optim=OptimConfig(lr=3e-3), steps=60, batch_tokens=256, k=16,
     )
 
 
@@ -91,6 +91,7 @@ def run_demo(out: Path, *, offline_tiny: bool = False, fresh: bool = False) -> d
     for name, method, folder in ((SFT, "sft", "sft"), (DISTILLED, "kd", "distilled")):
         with _phase(f"train: {name}", seconds):
             runs[name] = train(demo_config(scale, method, out / folder, out / "cache"))
+            shutil.rmtree(out / folder / "checkpoints", ignore_errors=True)  # of no use to a run that is finished
     with _phase("evaluate on held-out text", seconds):
         result = compare(scale, runs)
     result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}

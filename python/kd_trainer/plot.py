@@ -8,7 +8,7 @@ from pathlib import Path
 
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7f7f7f"  # told apart by colour-blind readers too
 LABELS = {
-    "divergence": "divergence from the teacher (nats a token)", "next_token_loss": "next-token loss (nats)",
+    "divergence": "divergence from the teacher, nats a token", "next_token_loss": "next-token loss, nats",
     "grad_norm": "gradient norm", "lr": "learning rate",
 }
 
@@ -26,7 +26,8 @@ def plot_run(metrics: Path, png: Path) -> None:
     figure, axes = _figure(len(names))
     for axis, name in zip(axes, names):
         axis.plot(columns["step"], columns[name], color=BLUE, linewidth=1.5)
-        axis.set(xlabel="step", ylabel=LABELS[name])
+        axis.set_xlabel("step")
+        axis.set_title(LABELS[name], loc="left", fontsize=10)
     _save(figure, png)
 
 
@@ -37,19 +38,21 @@ def plot_comparison(runs: Mapping[str, Path], result: Mapping[str, object], png:
     for name, metrics in runs.items():
         columns = read_metrics(metrics)
         curves.plot(columns["step"], columns["next_token_loss"], label=name, color=colours[name], linewidth=1.5)
-    curves.set(xlabel="step", ylabel=LABELS["next_token_loss"])
+    curves.set_xlabel("step")
+    curves.set_title("next-token loss in training, nats", loc="left", fontsize=10)
     curves.legend(frameon=False)
     students = {name: values for name, values in result["models"].items() if name != "teacher"}
     for axis, key, label, form in (
-        (kl, "forward_kl", "KL(p||q) on held-out text (nats a token)", "{:.2f}"),
-        (agreement, "agreement", "top-1 agreement with the teacher on held-out text", "{:.1%}"),
+        (kl, "forward_kl", "KL(p||q) on held-out text, nats a token", "{:.3g}"),
+        (agreement, "agreement", "top-1 agreement with the teacher, held-out", "{:.1%}"),
     ):
         bars = axis.bar(
             list(students), [values[key] for values in students.values()],
             color=[colours.get(name, GREY) for name in students], width=0.6,
         )
         axis.bar_label(bars, [form.format(values[key]) for values in students.values()], padding=2)
-        axis.set_ylabel(label)
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.margins(y=0.12)
     _save(figure, png)
 
 

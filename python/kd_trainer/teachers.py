@@ -15,7 +15,7 @@ from kd_trainer.errors import fail
 from kd_trainer.models import CausalLM
 
 
-Targets = LinearLogits | SparseTargets | None
+Targets = LinearLogits | SparseTargets
 """What a teacher can say about a batch."""
 
 
@@ -32,15 +32,16 @@ class Teacher(Protocol):
 
 
 class NoTeacher:
-    """No target, for objectives with ``kd_weight`` 0."""
+    """No target, for objectives with ``kd_weight`` 0: rows of which nothing is known, so that all mass is tail."""
 
     name = "none"
 
     def check(self, documents: Sequence[Document]) -> None:
         pass
 
-    def targets(self, batch: Batch) -> None:
-        return None
+    def targets(self, batch: Batch) -> SparseTargets:
+        zeros = torch.zeros(batch.rows.shape[0] + 1, device=batch.rows.device)
+        return SparseTargets(zeros.long(), zeros[:0].long(), zeros[:0], zeros[1:])
 
 
 class LiveTeacher:
@@ -74,7 +75,8 @@ class CachedTeacher:
         if missing:
             raise CacheError(
                 f"train: cache {self.reader.folder} must hold every document, got {missing} of {len(documents)} "
-                "that it lacks (another text, or other data options, than it was built from); add them with kdk cache build",
+                "that it lacks (another text, or other data options, than it was built from); "
+                "add them with kdk cache build",
                 self.reader.folder,
             )
         if self.reader.cached_rows < self.reader.rows:  # it was built with prompts left out: are they the same prompts?

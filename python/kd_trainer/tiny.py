@@ -32,7 +32,7 @@ def make_tiny(folder: Path) -> tuple[Path, Path]:
             save_tiny_model(temporary)
     folder.mkdir(parents=True, exist_ok=True)
     _write(lessons, tiny_texts(4000, seed=0))
-    _write(text, tiny_texts(150, seed=1))
+    _write(text, tiny_texts(120, seed=1))
     config = Config(
         out=str(folder / "teacher"), method="sft", student=StudentConfig(model=str(untrained)),
         data=DataConfig(source=str(lessons), max_length=96), optim=OptimConfig(lr=5e-3),

@@ -167,6 +167,19 @@ def test_next_logprobs_are_taken_from_the_entries_where_not_given(tmp_path):
     assert torch.equal(CacheReader(tmp_path / "some").next_logprobs(item.tokens).nan_to_num(1), mixed.nan_to_num(1))
 
 
+def test_next_logprobs_are_taken_from_the_entries_of_the_chosen_positions(tmp_path):
+    cache = manifest(vocab=16, k=8)
+    item = example(40, 5, cache)
+    positions = torch.arange(39) % 3 == 1
+    with CacheWriter(tmp_path, cache) as writer:
+        writer.add(item.tokens, item.targets.select(positions.nonzero().flatten()), positions=positions)
+    kept = (item.targets.ids.view(39, 8) == item.tokens[1:, None]).any(1) & positions
+    assert 0 < kept.sum() < positions.sum()
+    found = CacheReader(tmp_path).next_logprobs(item.tokens)
+    assert torch.equal(found.isnan(), ~kept)
+    assert torch.equal(found[kept], item.next_logprobs[kept])
+
+
 def test_batch_is_the_sequences_one_after_the_other(tmp_path):
     cache = manifest()
     examples = [example(length, length, cache) for length in (5, 2, 30)]
@@ -176,6 +189,8 @@ def test_batch_is_the_sequences_one_after_the_other(tmp_path):
     batch = reader.batch([item.tokens for item in order])
     expected = SparseTargets.cat([reader.targets(item.tokens) for item in order])
     assert torch.equal(batch.offsets, expected.offsets) and torch.equal(batch.logprobs, expected.logprobs)
+    again = reader.batch([examples[0].tokens, examples[1].tokens], layouts=[None, [2]])
+    assert again.offsets.shape[0] - 1 == 5
 
 
 def test_duplicates_are_stored_once(tmp_path):

@@ -43,11 +43,17 @@ def differentiable(divergence: str) -> bool:
 @every_reduction
 def test_gradcheck_dense(backend: str, divergence: str, reduction: str) -> None:
     if not differentiable(divergence):
-        compare(Dense(doubles()["hidden"] @ doubles()["weight"].T), Dense(double_teacher()), divergence, backend=backend, reduction=reduction)
+        compare(
+            Dense(doubles()["hidden"] @ doubles()["weight"].T),
+            Dense(double_teacher()),
+            divergence,
+            backend=backend,
+            reduction=reduction,
+        )
         return
     logits = (doubles()["hidden"] @ doubles()["weight"].T).requires_grad_()
     run = lambda z: kd_loss(z, double_teacher(), divergence, reduction=reduction, backend=backend).loss  # noqa: E731
-    assert torch.autograd.gradcheck(run, logits)
+    assert torch.autograd.gradcheck(run, logits, fast_mode=divergence not in SOME)
 
 
 @pytest.mark.parametrize("divergence", [d for d in SOME if differentiable(d)])
@@ -56,11 +62,21 @@ def test_gradcheck_linear_with_everything(backend: str, divergence: str, reducti
     def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         student = LinearLogits(hidden, weight, bias, scale=1.3, softcap=4.0, valid_vocab=6)
         return kd_loss(
-            student, double_teacher()[:, :6], divergence, labels=LABELS.clamp_max(5), ce_weight=0.5, kd_weight=0.8, temperature=2.0,
-            squared_temperature=True, token_weight=torch.tensor([1.0, 2.0, 0.5]), reduction=reduction, backend=backend,
-        ).loss  # fmt: skip
+            student,
+            double_teacher()[:, :6],
+            divergence,
+            labels=LABELS.clamp_max(5),
+            ce_weight=0.5,
+            kd_weight=0.8,
+            temperature=2.0,
+            squared_temperature=True,
+            token_weight=torch.tensor([1.0, 2.0, 0.5]),
+            reduction=reduction,
+            backend=backend,
+        ).loss
 
-    assert torch.autograd.gradcheck(run, tuple(x.requires_grad_() for x in doubles().values()))
+    leaves = tuple(x.requires_grad_() for x in doubles().values())
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=reduction == "sum")
 
 
 @pytest.mark.parametrize("divergence", [d for d in CASES if differentiable(d)])
@@ -74,13 +90,16 @@ def test_gradcheck_sparse(backend: str, divergence: str, tail: str) -> None:
         student = LinearLogits(hidden, weight, bias, softcap=4.0)
         return kd_loss(student, targets, divergence, tail=tail, labels=LABELS, ce_weight=0.5, backend=backend).loss
 
-    assert torch.autograd.gradcheck(run, tuple(x.requires_grad_() for x in parts.values()))
+    leaves = tuple(x.requires_grad_() for x in parts.values())
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=divergence != "jsd(beta=0.5)")
 
 
-# --------------------------------------------------------------------------------------------- which gradients are asked for
+# ---------------------------------------------------------------------------------------- which gradients are asked for
 
 
-@pytest.mark.parametrize("requires", [c for n in range(4) for c in itertools.combinations(("hidden", "weight", "bias"), n)])
+@pytest.mark.parametrize(
+    "requires", [c for n in range(4) for c in itertools.combinations(("hidden", "weight", "bias"), n)]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_subset_of_gradients(backend: str, requires: tuple[str, ...], reduction: str, dtype: torch.dtype) -> None:
@@ -112,8 +131,12 @@ def test_nothing_flows_into_the_teacher(backend: str) -> None:
     inputs = [x.clone().requires_grad_() for x in (heads.teacher_hidden, heads.teacher_weight)]
     for teacher in (LinearLogits(*inputs), inputs[0] @ inputs[1].T, EnsembleLogits((LinearLogits(*inputs),))):
         for reduction in ("mean", "none"):
-            kd_loss(LinearLogits(student, heads.student_weight), teacher, reduction=reduction, backend=backend).loss.sum().backward()
-            frozen = kd_loss(LinearLogits(student.detach(), heads.student_weight), teacher, reduction=reduction, backend=backend)
+            kd_loss(
+                LinearLogits(student, heads.student_weight), teacher, reduction=reduction, backend=backend
+            ).loss.sum().backward()
+            frozen = kd_loss(
+                LinearLogits(student.detach(), heads.student_weight), teacher, reduction=reduction, backend=backend
+            )
             assert not frozen.loss.requires_grad
     assert student.grad is not None and all(x.grad is None for x in inputs)
 
@@ -140,18 +163,20 @@ def linear_case(dtype: torch.dtype) -> tuple[Linear, Linear]:
 @pytest.mark.parametrize("scale", [0.0, 1.0, -2.5, 1 / 3, 65536.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_scaled_loss(backend: str, scale: float, reduction: str) -> None:
-    compare(*linear_case(torch.float32), "jsd(beta=0.5)", upstream=torch.tensor(scale), reduction=reduction, backend=backend)
+    compare(
+        *linear_case(torch.float32), "jsd(beta=0.5)", upstream=torch.tensor(scale), reduction=reduction, backend=backend
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.5, 1 / 3, 65536.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scaled_loss_in_half_precision(backend: str, scale: float, dtype: torch.dtype) -> None:
-    """Forward mode rounds a gradient before the scale is known; the scale itself is not rounded, nor does it overflow."""
+    """Forward mode rounds a gradient before its scale is known; the scale is neither rounded, nor does it overflow."""
     plain = run_library(*linear_case(dtype), "jsd(beta=0.5)", backend=backend)
     scaled = run_library(*linear_case(dtype), "jsd(beta=0.5)", upstream=torch.tensor(scale), backend=backend)
     for name, gradient in scaled.gradients.items():
         want = (plain.gradients[name].double() * scale).to(dtype)
-        torch.testing.assert_close(gradient, want, rtol=torch.finfo(dtype).eps / 2, atol=0, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(gradient, want, rtol=torch.finfo(dtype).eps / 2, atol=0, msg=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("kind", ["dense", "linear"])
@@ -178,9 +203,17 @@ def test_upstream_gradient_per_token(backend: str, teacher: str, dtype: torch.dt
     upstream = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1e-3, 7.0])
     labels = torch.tensor([3, 4, 5, -100, 39, 0, 1])
     compare(
-        student, target, "reverse_kl", reduction="none", upstream=upstream, labels=labels, ce_weight=0.5,
-        token_weight=torch.linspace(0.5, 2, 7), temperature=1.0, backend=backend,
-    )  # fmt: skip
+        student,
+        target,
+        "reverse_kl",
+        reduction="none",
+        upstream=upstream,
+        labels=labels,
+        ce_weight=0.5,
+        token_weight=torch.linspace(0.5, 2, 7),
+        temperature=1.0,
+        backend=backend,
+    )
 
 
 def test_learnt_token_weights(backend: str) -> None:
@@ -232,7 +265,9 @@ def test_accumulation_over_micro_batches(backend: str, reduction: str) -> None:
     weight = heads.student_weight.clone().requires_grad_()
     teacher = heads.teacher_hidden @ heads.teacher_weight.T
     for rows in torch.arange(6).split(2):
-        kd_loss(LinearLogits(heads.student_hidden[rows], weight), teacher[rows], reduction=reduction, backend=backend).loss.sum().backward()
+        kd_loss(
+            LinearLogits(heads.student_hidden[rows], weight), teacher[rows], reduction=reduction, backend=backend
+        ).loss.sum().backward()
     truth = heads.student_weight.clone().requires_grad_()
     factor = 3.0 if reduction == "mean" else 1.0
     (factor * oracles.kd_loss(heads.student_hidden @ truth.T, teacher, reduction=reduction).sum()).backward()
@@ -245,7 +280,7 @@ def test_second_derivatives_are_refused(backend: str, reduction: str) -> None:
     student, teacher = logits_pair("near_0.3", 4, 20)
     leaf = student.requires_grad_()
     loss = kd_loss(leaf, teacher, reduction=reduction, backend=backend).loss.sum()
-    with pytest.raises(RuntimeError, match="differentiable|does not require grad|autograd formula"):
+    with pytest.raises(RuntimeError, match="kd_loss: create_graph must be False"):
         (gradient,) = torch.autograd.grad(loss * loss, leaf, create_graph=True)
         gradient.square().sum().backward()
 
@@ -281,7 +316,10 @@ def sample_calls(backend: str) -> dict[str, tuple[tuple, dict]]:
         "dense": ((dense.clone().requires_grad_(), dense.flip(0)), {}),
         "linear": ((LinearLogits(hidden, weight), teacher, "jsd(beta=0.5)"), dict(labels=labels, ce_weight=0.5)),
         "frozen head": ((LinearLogits(hidden, weight.detach()), teacher), {}),
-        "bias, stats": ((LinearLogits(hidden, weight, torch.zeros(24, requires_grad=True)), dense), dict(stats=STATS, labels=labels)),
+        "bias, stats": (
+            (LinearLogits(hidden, weight, torch.zeros(24, requires_grad=True)), dense),
+            dict(stats=STATS, labels=labels),
+        ),
         "sparse": ((LinearLogits(hidden, weight), sparse, "reverse_kl"), dict(token_weight=torch.linspace(0.5, 2, 5))),
         "ensemble": ((LinearLogits(hidden, weight), EnsembleLogits((teacher, dense), space="prob")), {}),
     }
@@ -374,7 +412,9 @@ def test_compiled_graph_serves_other_row_counts(compiler) -> None:
     run = torch.compile(step, backend=counting, fullgraph=True, dynamic=True)
     teacher = heads.teacher_hidden @ heads.teacher_weight.T
     for rows in (5, 12, 3, 7):
-        torch.testing.assert_close(run(heads.student_hidden[:rows], teacher[:rows]), step(heads.student_hidden[:rows], teacher[:rows]))
+        torch.testing.assert_close(
+            run(heads.student_hidden[:rows], teacher[:rows]), step(heads.student_hidden[:rows], teacher[:rows])
+        )
     assert len(compilations) <= 2
 
 
@@ -383,7 +423,7 @@ def test_compiled_graph_serves_other_row_counts(compiler) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast(backend: str, reduction: str) -> None:
-    """fp32 parameters under bf16 autocast: inputs rounded as autocast would, logits not; gradients come back in fp32."""
+    """fp32 parameters under bf16 autocast: inputs are rounded as autocast does, logits not; gradients are fp32."""
     heads = linear_pair(16, 256, 32, 48, total_variation=0.1)
     leaves = [heads.student_hidden.clone().requires_grad_(), heads.student_weight.clone().requires_grad_()]
     teacher = LinearLogits(heads.teacher_hidden, heads.teacher_weight)

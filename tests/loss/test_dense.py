@@ -63,7 +63,9 @@ def test_no_rows(backend: str, divergence: str, vocab: int) -> None:
 LAYOUTS = {
     "transposed": lambda x: x.t().contiguous().t(),
     "row strided": lambda x: torch.full((2 * len(x), x.shape[1]), math.nan, dtype=x.dtype)[::2].copy_(x),
-    "columns of a wider tensor": lambda x: torch.full((len(x), x.shape[1] + 5), math.nan, dtype=x.dtype)[:, 3:-2].copy_(x),
+    "columns of a wider tensor": lambda x: torch.full((len(x), x.shape[1] + 5), math.nan, dtype=x.dtype)[:, 3:-2].copy_(
+        x
+    ),
     "every other column": lambda x: torch.full((len(x), 2 * x.shape[1]), math.nan, dtype=x.dtype)[:, ::2].copy_(x),
     "misaligned": lambda x: torch.full((x.numel() + 1,), math.nan, dtype=x.dtype)[1:].view(x.shape).copy_(x),
     "one row for all": lambda x: x[:1].expand(x.shape),
@@ -88,7 +90,9 @@ def test_one_row_without_leading_dimensions(backend: str, divergence: str) -> No
     outcome = compare(Dense(student), Dense(teacher), divergence, backend=backend, reduction="none")
     flat = run_library(Dense(student[0]), Dense(teacher[0]), divergence, backend=backend, reduction="none")
     assert flat.loss.shape == () and flat.gradients["logits"].shape == (45,)
-    assert torch.equal(flat.loss, outcome.loss[0]) and torch.equal(flat.gradients["logits"], outcome.gradients["logits"][0])
+    assert torch.equal(flat.loss, outcome.loss[0]) and torch.equal(
+        flat.gradients["logits"], outcome.gradients["logits"][0]
+    )
 
 
 @some_divergences
@@ -106,7 +110,7 @@ def test_padded_head_against_cut_logits(backend: str) -> None:
     compare(student, teacher, "jsd(beta=0.5)", backend=backend)
 
 
-# ------------------------------------------------------------------------------------------ where only one of them has mass
+# -------------------------------------------------------------------------------------- where only one of them has mass
 
 UNBOUNDED_WITHOUT_STUDENT = {"forward_kl", "jeffreys"}  # p > 0 and q = 0
 UNBOUNDED_WITHOUT_TEACHER = {"reverse_kl", "jeffreys"}  # q > 0 and p = 0

@@ -47,9 +47,14 @@ def test_every_chunking_is_right(backend: str, space: str, times: float) -> None
     labels = torch.tensor([3, -100, 5, 6, -100, 129, 0])
     one = smallest_budget(student.noun(student.leaves), teacher.noun(teacher.leaves), labels=labels, backend=backend)
     compare(
-        student, teacher, "jsd(beta=0.5)", backend=backend, labels=labels, ce_weight=0.5,
+        student,
+        teacher,
+        "jsd(beta=0.5)",
+        backend=backend,
+        labels=labels,
+        ce_weight=0.5,
         library_only=dict(max_scratch_bytes=int(one * times)),
-    )  # fmt: skip
+    )
 
 
 @every_space
@@ -70,7 +75,11 @@ def test_one_member_is_that_member(backend: str, space: str) -> None:
 
 def test_members_with_unequal_padding(backend: str) -> None:
     student, (first, _, third) = student_and_teachers()
-    cut = lambda head, rows: Linear(head.hidden, torch.cat([head.weight[:120], torch.full((rows, 40), 1e3)]), valid_vocab=120)  # noqa: E731
+
+    def cut(head: Linear, padding: int) -> Linear:
+        weight = torch.cat([head.weight[:120], torch.full((padding, 40), 1e3)])
+        return Linear(head.hidden, weight, valid_vocab=120)
+
     student = Linear(student.hidden, student.weight, valid_vocab=120)
     compare(student, Ensemble([cut(first, 4), cut(third, 30)], (1.0, 1.0), "prob"), "reverse_kl", backend=backend)
 

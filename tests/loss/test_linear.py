@@ -14,8 +14,14 @@ every_divergence = pytest.mark.parametrize("divergence", list(CASES))
 some_divergences = pytest.mark.parametrize("divergence", SOME)
 
 
-def heads(rows: int, vocab: int, dtype: torch.dtype = torch.float32, student: dict | None = None, teacher: dict | None = None,
-          **kind) -> tuple[Linear, Linear]:  # fmt: skip
+def heads(
+    rows: int,
+    vocab: int,
+    dtype: torch.dtype = torch.float32,
+    student: dict | None = None,
+    teacher: dict | None = None,
+    **kind,
+) -> tuple[Linear, Linear]:
     pair = linear_pair(rows, vocab, 24, 40, dtype, **kind)
     return (
         Linear(pair.student_hidden, pair.student_weight, **(student or {})),
@@ -32,17 +38,21 @@ def test_every_divergence(backend: str, divergence: str, rows: int, vocab: int) 
 @some_divergences
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("total_variation", [0.3, 0.03])
-def test_dtypes(backend: str, divergence: str, dtype: torch.dtype, total_variation: float) -> None:
+def test_dtypes(backend: str, divergence: str, dtype: torch.dtype, total_variation: float, bf16_products: bool) -> None:
     compare(*heads(33, 1031, dtype, total_variation=total_variation), divergence, backend=backend)
 
 
 @some_divergences
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-def test_head_of_another_dtype_than_its_input(backend: str, divergence: str, hidden_dtype: torch.dtype) -> None:
+def test_head_of_another_dtype_than_its_input(
+    backend: str, divergence: str, hidden_dtype: torch.dtype, bf16_products: bool
+) -> None:
     """fp32 master weights under bf16 hidden states, and the other way round."""
     student, teacher = heads(7, 130, torch.bfloat16)
     weight_dtype = torch.bfloat16 if hidden_dtype == torch.float32 else torch.float32
-    student = dataclasses.replace(student, hidden=student.hidden.to(hidden_dtype), weight=student.weight.to(weight_dtype))
+    student = dataclasses.replace(
+        student, hidden=student.hidden.to(hidden_dtype), weight=student.weight.to(weight_dtype)
+    )
     outcome = compare(student, teacher, divergence, backend=backend)
     assert outcome.gradients["hidden"].dtype == hidden_dtype and outcome.gradients["weight"].dtype == weight_dtype
 
@@ -105,21 +115,31 @@ def test_dense_teacher_of_linear_student(backend: str, divergence: str) -> None:
 @pytest.mark.parametrize("times", [1, 2, 3.5, 100])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_chunking_is_right(backend: str, divergence: str, times: float, reduction: str, dtype: torch.dtype) -> None:
+def test_every_chunking_is_right(
+    backend: str, divergence: str, times: float, reduction: str, dtype: torch.dtype
+) -> None:
     """From the budget that one row takes, exactly, to one that holds everything."""
     student, teacher = heads(7, 130, dtype)
     one = smallest_budget(student.noun(student.leaves), teacher.noun(teacher.leaves), divergence, backend=backend)
     labels = torch.arange(7) * 11
     compare(
-        student, teacher, divergence, backend=backend, reduction=reduction, labels=labels, ce_weight=0.5,
+        student,
+        teacher,
+        divergence,
+        backend=backend,
+        reduction=reduction,
+        labels=labels,
+        ce_weight=0.5,
         library_only=dict(max_scratch_bytes=int(one * times)),
-    )  # fmt: skip
+    )
 
 
 LAYOUTS = {
     "transposed": lambda x: x.t().contiguous().t(),
     "row strided": lambda x: torch.full((2 * len(x), x.shape[1]), torch.nan, dtype=x.dtype)[::2].copy_(x),
-    "columns of a wider tensor": lambda x: torch.full((len(x), x.shape[1] + 5), torch.nan, dtype=x.dtype)[:, 3:-2].copy_(x),
+    "columns of a wider tensor": lambda x: torch.full((len(x), x.shape[1] + 5), torch.nan, dtype=x.dtype)[
+        :, 3:-2
+    ].copy_(x),
 }
 
 
@@ -150,7 +170,11 @@ def test_no_rows(backend: str, kind: str, reduction: str) -> None:
     student, _ = heads(7, 130)
     student = dataclasses.replace(student, hidden=student.hidden[:0], bias=torch.zeros(130))
     teacher = teacher_kinds()[kind]
-    teacher = Dense(teacher.logits[:0]) if isinstance(teacher, Dense) else dataclasses.replace(teacher, hidden=teacher.hidden[:0])
+    teacher = (
+        Dense(teacher.logits[:0])
+        if isinstance(teacher, Dense)
+        else dataclasses.replace(teacher, hidden=teacher.hidden[:0])
+    )
     outcome = run_library(student, teacher, "forward_kl", backend=backend, reduction=reduction)
     assert outcome.loss.shape == ((0,) if reduction == "none" else ()) and not outcome.loss.any()
     for name, gradient in outcome.gradients.items():

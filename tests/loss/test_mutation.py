@@ -22,7 +22,7 @@ def heads(dtype: torch.dtype = torch.float32, total_variation: float = 0.1) -> t
     return Linear(pair.student_hidden, pair.student_weight), Linear(pair.teacher_hidden, pair.teacher_weight)
 
 
-# ------------------------------------------------------------------------------------------- the comparison on its own
+# -------------------------------------------------------------------------------------------- the comparison on its own
 
 
 def zero_off_target(gradient: Tensor) -> Tensor:
@@ -57,7 +57,9 @@ MUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_comparison_rejects(mutation: str, dtype: torch.dtype, kind: str) -> None:
     student, teacher = (Dense(x) for x in logits_pair(kind, 7, 517, dtype))
     truth = run_oracle(student, teacher, "forward_kl", torch.float64, reduction="sum").gradients["logits"]
-    plain = run_oracle(student, teacher, "forward_kl", torch.float64 if dtype == torch.float64 else torch.float32, reduction="sum")
+    plain = run_oracle(
+        student, teacher, "forward_kl", torch.float64 if dtype == torch.float64 else torch.float32, reduction="sum"
+    )
     honest = plain.gradients["logits"].to(dtype)
     assert_as_good(honest, honest, truth, unit=2.0)
     with pytest.raises(AssertionError, match=r"\|error\| in row"):
@@ -87,11 +89,13 @@ def test_comparison_names_the_worst() -> None:
     truth = torch.ones(4, 6, dtype=torch.float64)
     wrong = truth.clone()
     wrong[2, 5] = 3.0
-    with pytest.raises(AssertionError, match=r"^dW: sum of \|error\| in row 2 of 4 is 2, .*worst at column 5: got 3, plain 1, true 1$"):
+    with pytest.raises(
+        AssertionError, match=r"^dW: sum of \|error\| in row 2 of 4 is 2, .*worst at column 5: got 3, plain 1, true 1$"
+    ):
         assert_as_good(wrong, truth, truth, what="dW")
 
 
-# ------------------------------------------------------------------------------------ the library, changed under the tests
+# --------------------------------------------------------------------------------- the library, changed under the tests
 
 
 def mutate_rows(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[[Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The promise that the library is built on: gradients as exact as fp32 logits give, whatever the inputs' dtype and the chunking."""
+"""The promise of the library: gradients as exact as fp32 logits give, whatever the inputs' dtype and the chunking."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ from torch import Tensor
 
 import oracles
 from judge import SOME, Dense, Linear, Sparse, Student, Teacher, compare, run_library, run_oracle, smallest_budget
-from kd_kernels import LinearLogits, kd_loss, products
+from kd_kernels import LinearLogits, kd_loss
 from kd_kernels.testing import linear_pair, logits_pair
 
 some_divergences = pytest.mark.parametrize("divergence", SOME)
-
-
-@pytest.fixture(params=[False, True], ids=["fp32 products", "bf16 products"])
-def bf16_hardware(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """As on a CPU that multiplies bf16 in hardware, and on one that does not."""
-    monkeypatch.setattr(products, "has_native_bf16_products", lambda: request.param)
-    return request.param
 
 
 def relative_l2(got: Tensor, true: Tensor) -> float:
@@ -30,7 +23,7 @@ def relative_l2(got: Tensor, true: Tensor) -> float:
 
 
 def heads(dtype: torch.dtype, total_variation: float, logit_std: float) -> tuple[Linear, Linear]:
-    pair = linear_pair(48, 4096, 64, 96, dtype, total_variation=total_variation, logit_std=logit_std)
+    pair = linear_pair(32, 2048, 64, 96, dtype, total_variation=total_variation, logit_std=logit_std)
     return Linear(pair.student_hidden, pair.student_weight), Linear(pair.teacher_hidden, pair.teacher_weight)
 
 
@@ -45,7 +38,7 @@ def gradient_error(student: Student, teacher: Teacher, divergence: str, **option
 @pytest.mark.parametrize("total_variation", [0.3, 0.1, 0.03])
 @pytest.mark.parametrize("logit_std", [3.0, 8.0])
 def test_bf16_gradients_are_as_good_as_fp32_logits_give(
-    backend: str, divergence: str, total_variation: float, logit_std: float, bf16_hardware: bool
+    backend: str, divergence: str, total_variation: float, logit_std: float, bf16_products: bool
 ) -> None:
     """0.5 percent: a bf16 gradient tile costs 0.16 percent, bf16 logits would cost 3 to 35 (METHODS of the peers)."""
     assert gradient_error(*heads(torch.bfloat16, total_variation, logit_std), divergence, backend=backend) < 5e-3
@@ -54,8 +47,10 @@ def test_bf16_gradients_are_as_good_as_fp32_logits_give(
 @some_divergences
 @pytest.mark.parametrize("total_variation", [0.3, 0.03])
 def test_fp16_gradients(backend: str, divergence: str, total_variation: float) -> None:
-    """Summed, not averaged: a mean over rows is below the least normal number of fp16, which loss scaling is there for."""
-    assert gradient_error(*heads(torch.float16, total_variation, 3.0), divergence, backend=backend, reduction="sum") < 1e-3
+    """Summed, not averaged: a mean is below the least normal number of fp16, which loss scaling is there for."""
+    assert (
+        gradient_error(*heads(torch.float16, total_variation, 3.0), divergence, backend=backend, reduction="sum") < 1e-3
+    )
 
 
 @some_divergences
@@ -79,10 +74,13 @@ def test_rounded_logits_of_fp32_heads_are_not_rounded(backend: str) -> None:
 
 
 @some_divergences
-def test_dw_is_summed_in_fp32(backend: str, divergence: str, bf16_hardware: bool) -> None:
+def test_dw_is_summed_in_fp32(backend: str, divergence: str, bf16_products: bool) -> None:
     """A bf16 head over many chunks: summed in bf16, half of a hundred equal parts would be lost to rounding."""
     pair = linear_pair(256, 256, 16, 24, torch.bfloat16, total_variation=0.1)
-    student, teacher = Linear(pair.student_hidden, pair.student_weight), Linear(pair.teacher_hidden, pair.teacher_weight)
+    student, teacher = (
+        Linear(pair.student_hidden, pair.student_weight),
+        Linear(pair.teacher_hidden, pair.teacher_weight),
+    )
     one = smallest_budget(student.noun(student.leaves), teacher.noun(teacher.leaves), backend=backend)
     assert gradient_error(student, teacher, divergence, backend=backend, max_scratch_bytes=one) < 5e-3
 
@@ -90,7 +88,9 @@ def test_dw_is_summed_in_fp32(backend: str, divergence: str, bf16_hardware: bool
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("teacher", ["linear", "dense", "sparse"])
-def test_scratch_budget_changes_nothing_but_rounding(backend: str, teacher: str, dtype: torch.dtype, reduction: str) -> None:
+def test_scratch_budget_changes_nothing_but_rounding(
+    backend: str, teacher: str, dtype: torch.dtype, reduction: str
+) -> None:
     pair = linear_pair(33, 300, 32, 48, dtype)
     student = Linear(pair.student_hidden, pair.student_weight)
     target: Teacher = Linear(pair.teacher_hidden, pair.teacher_weight)
@@ -106,7 +106,9 @@ def test_scratch_budget_changes_nothing_but_rounding(backend: str, teacher: str,
         torch.testing.assert_close(other.loss, outcomes[0].loss, rtol=2e-6, atol=1e-7)
         for name, gradient in other.gradients.items():
             # A product over other shapes is summed in another order, and that flips the last bit of a bf16 result.
-            assert relative_l2(gradient, outcomes[0].gradients[name].double()) < (2e-3 if dtype == torch.bfloat16 else 1e-5)
+            assert relative_l2(gradient, outcomes[0].gradients[name].double()) < (
+                2e-3 if dtype == torch.bfloat16 else 1e-5
+            )
 
 
 def test_scratch_budget_does_not_touch_rows_of_given_logits(backend: str) -> None:
@@ -114,8 +116,9 @@ def test_scratch_budget_does_not_touch_rows_of_given_logits(backend: str) -> Non
     student, teacher = (Dense(x) for x in logits_pair("near_0.3", 33, 300))
     outcomes = [
         run_library(student, teacher, "jsd(beta=0.5)", reduction=r, backend=backend, max_scratch_bytes=b)
-        for r in ("none", "sum") for b in (None, 200_000, 60_000)
-    ]  # fmt: skip
+        for r in ("none", "sum")
+        for b in (None, 200_000, 60_000)
+    ]
     for one in outcomes:
         assert torch.equal(one.gradients["logits"], outcomes[0].gradients["logits"])
     assert all(torch.equal(one.loss, outcomes[0].loss) for one in outcomes[:3])
@@ -153,7 +156,7 @@ def test_calls_from_several_threads(backend: str) -> None:
         assert torch.equal(one.loss, other.loss) and torch.equal(one.gradients["logits"], other.gradients["logits"])
 
 
-# -------------------------------------------------------------------------------------------------------------- extremes
+# ------------------------------------------------------------------------------------------------------------- extremes
 
 
 @some_divergences
@@ -193,7 +196,7 @@ def test_lowest_finite_logits_as_a_mask(backend: str) -> None:
 
 
 def test_tiny_divergences_keep_their_digits(backend: str) -> None:
-    """A student that is all but the teacher: 1e-7 nats, in float64, to 6 digits; and never below 0 by more than rounding."""
+    """A student that is all but the teacher: 1e-7 nats, in float64, to 6 digits."""
     _, teacher = logits_pair("near_0.3", 7, 2053, torch.float64)
     student = teacher + 1e-3 * torch.randn(7, 2053, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for divergence in SOME:
@@ -204,7 +207,7 @@ def test_tiny_divergences_keep_their_digits(backend: str) -> None:
 
 
 def test_a_tail_of_one_in_a_hundred_million(backend: str) -> None:
-    """q_tail is added up over the tail: one minus the rest would be 0 in fp32, or noise, and the penalty on it infinite."""
+    """q_tail is added up over the tail: one minus the rest would be 0 in fp32, or noise."""
     student = torch.zeros(1, 1000)
     student[0, :3] = torch.tensor([25.0, 24.0, 23.0])
     teacher = torch.zeros(1, 1000)
@@ -216,7 +219,7 @@ def test_a_tail_of_one_in_a_hundred_million(backend: str) -> None:
     torch.testing.assert_close(outcome.gradients["logits"][0, 3:].double(), truth[0, 3:], rtol=1e-4, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def peak_of_allocations(run) -> int:
@@ -235,7 +238,9 @@ def peak_of_allocations(run) -> int:
 @pytest.mark.parametrize("kind", ["linear", "sparse"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_stays_within_the_budget(backend: str, kind: str, reduction: str, dtype: torch.dtype, unpoisoned) -> None:
+def test_memory_stays_within_the_budget(
+    backend: str, kind: str, reduction: str, dtype: torch.dtype, unpoisoned
+) -> None:
     """Scratch, the gradients asked for, and the fp32 sum of a bf16 head's; a matrix of logits would not fit."""
     rows, vocab, budget = 256, 8192, 2 << 20
     generator = torch.Generator().manual_seed(0)
@@ -251,7 +256,9 @@ def test_memory_stays_within_the_budget(backend: str, kind: str, reduction: str,
         budget = 4 << 20  # a widened tile of the weights, ten temporaries a row
 
     def step() -> None:
-        loss = kd_loss(LinearLogits(hidden, weight), target, reduction=reduction, max_scratch_bytes=budget, backend=backend).loss
+        loss = kd_loss(
+            LinearLogits(hidden, weight), target, reduction=reduction, max_scratch_bytes=budget, backend=backend
+        ).loss
         loss.sum().backward()
 
     step()

@@ -32,7 +32,14 @@ def scattered(logits: torch.Tensor, counts: list[int], seed: int = 0) -> list[to
 @pytest.mark.parametrize("kind", ["near_0.3", "near_0.03", "uniform", "peaked", "shifted"])
 def test_dense_students(backend: str, divergence: str, tail: str, kind: str) -> None:
     student, teacher = logits_pair(kind, 7, 150)
-    compare(Dense(student), Sparse.of(teacher, largest(teacher, 12)), divergence, backend=backend, tail=tail, reduction="none")
+    compare(
+        Dense(student),
+        Sparse.of(teacher, largest(teacher, 12)),
+        divergence,
+        backend=backend,
+        tail=tail,
+        reduction="none",
+    )
 
 
 @every_divergence
@@ -96,9 +103,15 @@ def test_order_of_entries_is_free(backend: str, tail: str) -> None:
     student, teacher = logits_pair("near_0.3", 5, 40, torch.float64)
     ids = largest(teacher, 6)
     losses = [
-        kd_loss(student, sparse_targets(oracles.truncate(teacher, order), torch.float64), "jsd(beta=0.5)", tail=tail, backend=backend).loss
+        kd_loss(
+            student,
+            sparse_targets(oracles.truncate(teacher, order), torch.float64),
+            "jsd(beta=0.5)",
+            tail=tail,
+            backend=backend,
+        ).loss
         for order in (ids, [i.flip(0) for i in ids])
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(*losses, rtol=1e-13, atol=0)
 
 
@@ -145,12 +158,20 @@ def test_temperature(backend: str, divergence: str, tail: str, temperature: floa
     rows = oracles.truncate(teacher, ids)
     targets = sparse_targets(rows, torch.float64, temperatures=declared, log_z=oracles.log_z(teacher, declared))
     leaf, truth = student.clone().requires_grad_(), student.clone().requires_grad_()
-    ours = kd_loss(leaf, targets, divergence, temperature=temperature, squared_temperature=True, tail=tail, backend=backend).loss
+    ours = kd_loss(
+        leaf, targets, divergence, temperature=temperature, squared_temperature=True, tail=tail, backend=backend
+    ).loss
     ours.backward()
     name, params = CASES[divergence]
     want = oracles.kd_loss(
-        truth, oracles.truncate(teacher, ids, temperature), name, params, temperature=temperature, squared_temperature=True, tail=tail
-    )  # fmt: skip
+        truth,
+        oracles.truncate(teacher, ids, temperature),
+        name,
+        params,
+        temperature=temperature,
+        squared_temperature=True,
+        tail=tail,
+    )
     want.backward()
     torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(leaf.grad, truth.grad, rtol=1e-8, atol=1e-12)
@@ -162,14 +183,23 @@ def test_labels_and_cross_entropy(backend: str) -> None:
     targets = Sparse.of(teacher, largest(teacher, 5))
     labels = torch.tensor([3, -100, 39, 0, 17, -100, 8])
     for tail in ("bucket", "renormalize", "drop"):
-        compare(Dense(student), targets, "forward_kl", backend=backend, labels=labels, ce_weight=0.7, kd_weight=0.3, tail=tail)
+        compare(
+            Dense(student),
+            targets,
+            "forward_kl",
+            backend=backend,
+            labels=labels,
+            ce_weight=0.7,
+            kd_weight=0.3,
+            tail=tail,
+        )
 
 
-# --------------------------------------------------------------------------------------------------- what lies in the tail
+# ------------------------------------------------------------------------------------------------ what lies in the tail
 
 
 def test_empty_tail_says_that_the_rest_has_no_mass(backend: str) -> None:
-    """-inf: the teacher excludes every other id. Forward KL ignores them, reverse KL is infinite, JSD is the dense value."""
+    """-inf: the teacher excludes every other id. Forward KL ignores them, reverse KL is infinite."""
     student, teacher = logits_pair("near_0.3", 3, 20)
     ids = largest(teacher, 4)
     keep = torch.zeros(3, 20, dtype=torch.bool).scatter(1, torch.stack(ids), True)
@@ -194,7 +224,9 @@ def test_forward_kl_bucket_has_the_dense_gradient_on_the_head(backend: str) -> N
 def test_treatments_are_different_objectives(backend: str) -> None:
     student, teacher = logits_pair("near_0.3", 5, 60)
     targets = Sparse.of(teacher, largest(teacher, 8)).noun({})
-    losses = [kd_loss(student, targets, tail=tail, backend=backend).loss.item() for tail in ("bucket", "renormalize", "drop")]
+    losses = [
+        kd_loss(student, targets, tail=tail, backend=backend).loss.item() for tail in ("bucket", "renormalize", "drop")
+    ]
     assert len({round(x, 4) for x in losses}) == 3
 
 
@@ -238,12 +270,14 @@ def test_importance_weights_with_linear_students(backend: str, divergence: str) 
     heads = linear_pair(6, 50, 24, 24, torch.bfloat16)
     teacher = heads.teacher_hidden.double() @ heads.teacher_weight.double().T
     student = Linear(heads.student_hidden, heads.student_weight)
-    compare(student, Sparse(sampled(teacher, 30, 0)), divergence, backend=backend, labels=torch.arange(6), ce_weight=0.5)
+    compare(
+        student, Sparse(sampled(teacher, 30, 0)), divergence, backend=backend, labels=torch.arange(6), ce_weight=0.5
+    )
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "total_variation", "jsd(beta=0.5)"])
 def test_importance_estimates_are_unbiased(divergence: str) -> None:
-    """Exhaustively: the mean over every possible single draw, weighted by its probability, is the dense value and gradient."""
+    """Exhaustively: the mean over every possible draw, by its probability, is the dense value and gradient."""
     student, teacher = logits_pair("near_0.3", 1, 12, torch.float64)
     logp = oracles.log_probs(teacher)[0]
     tail = torch.tensor(-math.inf, dtype=torch.float64)
@@ -261,9 +295,13 @@ def test_importance_estimates_are_unbiased(divergence: str) -> None:
 def test_importance_of_one_everywhere_is_dense(backend: str) -> None:
     student, teacher = logits_pair("near_0.3", 4, 30)
     rows = [
-        oracles.Row(torch.arange(30), logp, torch.tensor(-math.inf, dtype=torch.float64), torch.ones(30, dtype=torch.float64))
+        oracles.Row(
+            torch.arange(30), logp, torch.tensor(-math.inf, dtype=torch.float64), torch.ones(30, dtype=torch.float64)
+        )
         for logp in oracles.log_probs(teacher.double()).float().double()
     ]
     for divergence in SOME:
         sparse = kd_loss(student, sparse_targets(rows), divergence, backend=backend).loss
-        torch.testing.assert_close(sparse, kd_loss(student, teacher, divergence, backend=backend).loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            sparse, kd_loss(student, teacher, divergence, backend=backend).loss, rtol=1e-5, atol=1e-6
+        )

@@ -1,4 +1,4 @@
-"""topk_targets against the float64 oracle: ids exactly, log-probabilities and tails as well as plain torch in the same dtype."""
+"""topk_targets against the float64 oracle: ids exactly, log-probabilities and tails as well as plain torch."""
 
 from __future__ import annotations
 
@@ -110,8 +110,9 @@ def test_topk_stops_at_the_mass(mass: float, backend: str) -> None:
         targets = topk_targets(logits, k, mass=mass, backend=backend)
         if mass < 1.0:
             assert_targets(targets, logits, k, mass)
-        total = torch.zeros(4, dtype=torch.float64).index_add_(0, targets.row_of_entry(), targets.logprobs.double().exp())
-        torch.testing.assert_close(total + targets.tail_logprob.double().exp(), torch.ones(4, dtype=torch.float64))
+        total = targets.tail_logprob.double().exp()
+        total.index_add_(0, targets.row_of_entry(), targets.logprobs.double().exp())
+        torch.testing.assert_close(total, torch.ones(4, dtype=torch.float64))
         assert targets.offsets.diff().min() >= 1
 
 
@@ -128,21 +129,22 @@ def test_topk_knows_the_normaliser_at_every_temperature(dtype: torch.dtype, back
         # Which makes the tail of the truncated row as good at another temperature as that of the full row.
         tempered = targets.at_temperature(2.0)
         dense = torch.log_softmax(logits.double() / 2.0, -1)
-        torch.testing.assert_close(
-            tempered.logprobs.double().reshape(3, 16), dense.gather(1, tempered.ids.reshape(3, 16)), rtol=1e-4, atol=1e-4
-        )
+        kept = dense.gather(1, tempered.ids.reshape(3, 16))
+        torch.testing.assert_close(tempered.logprobs.double().reshape(3, 16), kept, rtol=1e-4, atol=1e-4)
 
 
-def test_topk_tail_is_exact_far_below_the_smallest_float(backend: str) -> None:
-    """A tail of e^-190 has no fp32 probability, but it has a logarithm."""
+@pytest.mark.parametrize("peak", [5, 4500, 8999])
+def test_topk_tail_is_exact_far_below_the_smallest_float(peak: int, backend: str) -> None:
+    """A tail of e^-190 has no fp32 probability, but it has a logarithm; wherever in the row the peak is."""
     logits = torch.zeros(1, 9000)
-    logits[0, 4500] = 200.0
+    logits[0, peak] = 200.0
     targets = topk_targets(logits, 1, temperatures=(1.0, 10.0), backend=backend)
-    assert targets.ids.tolist() == [4500]
+    assert targets.ids.tolist() == [peak]
     assert targets.tail_logprob.item() == pytest.approx(math.log(8999) - 200.0, rel=1e-6)
     assert targets.log_z[0, 1].item() == pytest.approx(math.log1p(8999 * math.exp(-20.0)), rel=1e-4)
     two = topk_targets(logits, 2, backend=backend)
-    assert two.ids.tolist() == [4500, 0] and two.tail_logprob.item() == pytest.approx(math.log(8998) - 200.0, rel=1e-6)
+    assert two.ids.tolist() == [peak, 0]
+    assert two.tail_logprob.item() == pytest.approx(math.log(8998) - 200.0, rel=1e-6)
 
 
 def test_topk_with_nothing_left_has_no_tail(backend: str) -> None:
@@ -174,12 +176,20 @@ def test_topk_does_not_depend_on_threads_or_panels(monkeypatch: pytest.MonkeyPat
     for field in ("ids", "logprobs", "tail_logprob", "log_z"):
         assert torch.equal(getattr(whole, field), getattr(single, field))
     for columns in (97, 1030, 10_007):
-        monkeypatch.setattr(config, "panel_columns", lambda vocab, columns=columns: min(vocab, columns))
+        monkeypatch.setattr(config, "panel_columns", lambda rows, vocab, columns=columns: min(vocab, columns))
         monkeypatch.setattr(config, "panel_rows", lambda rows, fitting: 4)
         panels = topk_targets(logits, 33, temperatures=(1.0, 3.0))
         assert torch.equal(panels.ids, whole.ids)
         for field in ("logprobs", "tail_logprob", "log_z"):
             torch.testing.assert_close(getattr(panels, field), getattr(whole, field), rtol=1e-6, atol=1e-6)
+
+
+def test_panels_hold_a_million_logits_and_cover_the_rows_evenly() -> None:
+    columns = {0: 16_384, 1: 16_384, 64: 16_384, 256: 4096, 512: 2048, 10**6: 2048}
+    assert {rows: config.panel_columns(rows, 151_936) for rows in columns} == columns
+    assert config.panel_columns(256, 1000) == 1000
+    assert [config.panel_rows(rows, 10**9) for rows in (0, 1, 1024, 1025, 3000)] == [1, 1, 1024, 513, 1000]
+    assert config.panel_rows(1000, 300) == 250
 
 
 def test_topk_is_bit_for_bit_repeatable() -> None:
@@ -206,9 +216,9 @@ def test_topk_of_every_instruction_set(isa: str) -> None:
 
     if {"baseline": 0, "avx2": 1, "avx512": 2}[_C.isa] < {"baseline": 0, "avx2": 1}[isa]:
         pytest.skip(f"this processor has no {isa}")
-    result = subprocess.run(
-        [sys.executable, "-c", PRINT_TARGETS], capture_output=True, text=True, env=os.environ | {"KD_ISA": isa}, check=True
-    )
+    environment = os.environ | {"KD_ISA": isa}
+    command = [sys.executable, "-c", PRINT_TARGETS]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     head, numbers = result.stdout.strip().splitlines()
     logits = torch.randn(5, 9001, generator=torch.Generator().manual_seed(3)) * 3
     targets = topk_targets(logits, 70, temperatures=(1.0, 2.0))
