@@ -71,8 +71,11 @@ class LinearLogits:
         _check.positive(where, "scale", self.scale)
         if self.softcap is not None:
             _check.positive(where, "softcap", self.softcap, "pass None for no soft-capping")
-        if self.valid_vocab is not None and not 0 < self.valid_vocab <= weight.shape[0]:
-            _check.fail(where, "valid_vocab", f"in 1..V={weight.shape[0]}", self.valid_vocab)
+        if self.valid_vocab is not None:
+            if isinstance(self.valid_vocab, bool) or not isinstance(self.valid_vocab, int):
+                _check.fail_type(where, "valid_vocab", "an int or None", type(self.valid_vocab).__name__)
+            if not 0 < self.valid_vocab <= weight.shape[0]:
+                _check.fail(where, "valid_vocab", f"in 1..V={weight.shape[0]}", self.valid_vocab)
 
     @property
     def leading_shape(self) -> torch.Size:
@@ -172,7 +175,7 @@ class SparseTargets:
         given.
         """
         where = "SparseTargets.from_topk"
-        ids = _check.integral(where, "ids", ids)
+        ids, logprobs = _check.integral(where, "ids", ids), _check.tensor(where, "logprobs", logprobs)
         if ids.dim() != 2 or ids.shape != logprobs.shape:
             _check.fail(where, "ids and logprobs", "of one shape [N, k]", f"{list(ids.shape)} and {list(logprobs.shape)}")
         rows, k = ids.shape
@@ -199,12 +202,16 @@ class SparseTargets:
                 "log Z of a truncated row cannot be recovered; build the targets with temperatures=(..., T)",
             )
         log_z = self.log_z[:, self.temperatures.index(temperature)].to(self.logprobs.dtype)
-        logprobs = self.logprobs / temperature - log_z[self.row_of_entry()]
+        logprobs = (self.logprobs / temperature - log_z[self.row_of_entry()]).clamp(max=0.0)
         kept = torch.zeros_like(log_z, dtype=torch.float64)
         kept.index_add_(0, self.row_of_entry(), logprobs.double().exp())
         tail = torch.log((1.0 - kept).clamp_min(0.0)).to(self.logprobs.dtype)
         if self.tail_logprob is not None:
-            tail = torch.where(self.tail_logprob == -torch.inf, self.tail_logprob, tail)
+            # What a cache rounded may leave nothing to 1, or too much. The tail as one id bounds it: sum x^(1/T) is at least
+            # (sum x)^(1/T) for T > 1, and at most that for T < 1.
+            bound = self.tail_logprob.to(tail.dtype) / temperature - log_z
+            nearest = torch.maximum(tail, bound) if temperature > 1 else torch.minimum(tail, bound)
+            tail = torch.where(tail == -torch.inf, bound, nearest)
         return SparseTargets(self.offsets, self.ids, logprobs, tail)
 
     def row_of_entry(self) -> Tensor:
@@ -274,6 +281,8 @@ class EnsembleLogits:
         for i, member in enumerate(members):
             if not isinstance(member, (Tensor, LinearLogits)):
                 _check.fail_type(where, f"members[{i}]", "a tensor or LinearLogits", type(member).__name__)
+            if isinstance(member, Tensor):
+                _check.floating(where, f"members[{i}]", member)
             if leading_shape(member) != leading_shape(members[0]):
                 _check.fail(
                     where, f"members[{i}]", f"of {list(leading_shape(members[0]))} rows like members[0]",

@@ -171,7 +171,7 @@ def run_library(
     upstream: Tensor | None = None,
     **options,
 ) -> Outcome:
-    """kd_loss and its backward pass, with gradients of the leaves in ``requires`` (None: all). Inputs stay untouched."""
+    """kd_loss and its backward pass, with gradients of the leaves in ``requires`` (None: all); inputs stay as is."""
     wanted = list(student.leaves) if requires is None else list(requires)
     leaves = {name: leaf.detach().requires_grad_(name in wanted) for name, leaf in student.leaves.items()}
     given = {**student.leaves, **{f"teacher.{k}": v for k, v in teacher.leaves.items()}}

@@ -178,7 +178,7 @@ def truncate(logits: Tensor, ids: list[Tensor], temperature: float = 1.0) -> lis
 
 
 def topk(logits: Tensor, k: int, mass: float | None = None) -> list[Row]:
-    """The k largest of each row, descending, ties to the lower id; with ``mass``, the shortest prefix that reaches it."""
+    """The k largest of each row, descending, ties to the lower id; with ``mass``, the shortest prefix that has it."""
     ids = []
     for row in logits.tolist():
         order = sorted(range(len(row)), key=lambda v: (-row[v], v))[:k]

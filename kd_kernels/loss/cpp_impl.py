@@ -43,7 +43,9 @@ def sparse_rows(
     tail = None if teacher.tail_logprob is None else teacher.tail_logprob.to(dtype).contiguous()
     importance = None if teacher.importance is None else teacher.importance.to(dtype).contiguous()
     offsets = teacher.offsets.contiguous()
-    arguments = (address(offsets), address(ids), address(logprobs), address(tail), address(importance), TAILS.index(job.tail))
+    # Weighted entries have no tail to treat. (The address of no weights at all is 0, like that of None.)
+    treatment = TAILS.index(job.tail if importance is None else "drop")
+    arguments = (address(offsets), address(ids), address(logprobs), address(tail), address(importance), treatment)
     getattr(extension(), f"sparse_rows_{_suffix(student.raw)}")(call, arguments)
     return outputs
 

@@ -65,9 +65,13 @@ def topk_targets(
     to 1,024 rows. Scratch of ``cpp``: a panel of 1 to 2 Mi logits (4 to 8 MiB in fp32), and 16 k + 1,048 bytes a row of
     it; whole rows for a mixture of probabilities.
 
-    Not a registered op of torch: how many entries come out depends on the values, so a compiled graph breaks here in
-    any case. Targets are made outside of the training step.
+    Not a registered op of torch: how many entries come out depends on the values, so under ``torch.compile`` the graph
+    breaks and this runs as it is. Targets are made outside of the training step.
     """
+    if torch.compiler.is_compiling():  # kernels that write through pointers must not be traced
+        return torch.compiler.disable(topk_targets)(
+            logits, k, mass=mass, temperatures=temperatures, max_scratch_bytes=max_scratch_bytes, backend=backend
+        )
     _check_arguments(logits, k, mass)
     temperatures = _checked_temperatures(temperatures)
     chosen = _backend.choose(WHERE, backend, logits.device, tuple(BACKENDS))

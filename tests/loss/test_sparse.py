@@ -292,6 +292,18 @@ def test_importance_estimates_are_unbiased(divergence: str) -> None:
     torch.testing.assert_close(leaf.grad.sum(0, keepdim=True), dense.grad)
 
 
+@pytest.mark.parametrize("empty", ["some rows", "all rows"])
+def test_importance_of_rows_without_entries(backend: str, empty: str) -> None:
+    """Nothing was drawn: nothing is said, whatever treatment of a tail is the default."""
+    student, teacher = logits_pair("near_0.3", 3, 20)
+    rows = sampled(teacher, 10, 0)
+    none = torch.zeros(0, dtype=torch.float64)
+    nothing = oracles.Row(torch.zeros(0, dtype=torch.int64), none, torch.tensor(-math.inf, dtype=torch.float64), none)
+    targets = Sparse([nothing, rows[1], nothing] if empty == "some rows" else [nothing] * 3)
+    outcome = compare(Dense(student), targets, "forward_kl", backend=backend, reduction="none")
+    assert outcome.loss[0] == 0 and not outcome.gradients["logits"][0].any()
+
+
 def test_importance_of_one_everywhere_is_dense(backend: str) -> None:
     student, teacher = logits_pair("near_0.3", 4, 30)
     rows = [

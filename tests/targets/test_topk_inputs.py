@@ -108,6 +108,18 @@ def test_topk_has_no_gradient() -> None:
     assert not any(field.requires_grad for field in fields)
 
 
+def test_topk_inside_a_compiled_function(backend: str, unpoisoned: None) -> None:
+    hidden, weight = head()
+
+    @torch.compile(backend="eager")
+    def doubled(hidden: Tensor) -> Tensor:
+        targets = topk_targets(LinearLogits(hidden * 2.0, weight), 5, backend=backend)
+        return targets.logprobs * 2.0
+
+    expected = topk_targets(LinearLogits(hidden * 2.0, weight), 5, backend=backend).logprobs * 2.0
+    assert torch.equal(doubled(hidden), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_topk_within_any_budget_is_the_same(dtype: torch.dtype, backend: str) -> None:
     hidden, weight = head(rows=10, dtype=dtype)
