@@ -69,20 +69,20 @@ def topk(
     candidates = torch.empty(step, 2 * capacity, dtype=dtype)
     running = torch.empty(step, 3 + len(temperatures), dtype=torch.float64)
 
-    def add(begin: int, end: int, first: int, last: int) -> None:
+    def add(begin: int, end: int, first: int, last: int, addresses: dict[str, int]) -> None:
         """Columns ``first`` to ``last`` of some rows. A function, so that one panel is gone before the next is made."""
         source = products.source(_columns(logits, first, last), None, dtype)
         source.open(end - begin)
         panel = _mapped(source.chunk(begin, end))
-        counts, ids, logprobs, tail_logprob, log_z = (field[begin:].data_ptr() for field in result)
         run(
             panel=panel.data_ptr(), stride=panel.stride(0), rows=end - begin, first_column=first, columns=last - first,
             is_last=last == columns, k=k, mass=math.inf if mass is None else mass, temperatures=temperatures,
-            candidates=candidates.data_ptr(), capacity=capacity, running=running.data_ptr(), counts=counts, ids=ids,
-            logprobs=logprobs, tail_logprob=tail_logprob, log_z=log_z, threads=torch.get_num_threads(),
+            capacity=capacity, threads=torch.get_num_threads(), **addresses,
         )
 
     for begin in range(0, rows, step):
+        written = {name: field[begin:].data_ptr() for name, field in result._asdict().items()}
+        addresses = written | {"candidates": candidates.data_ptr(), "running": running.data_ptr()}
         for first in range(0, columns, width):
-            add(begin, min(begin + step, rows), first, min(first + width, columns))
+            add(begin, min(begin + step, rows), first, min(first + width, columns), addresses)
     return result
