@@ -4,7 +4,7 @@ Adding an op is one more entry in :data:`CASES`; the pytest-benchmark rows, the 
 
 FLOPs and bytes are lower bounds, as formulas of the shape: a product of ``[N, H]`` and ``[H, V]`` is ``2 N H V``
 operations, and every operand is read once and every result written once. The *floor* of an op is the time of exactly
-these products in the inputs' dtype, into memory that already exists.
+these products in the inputs' dtype, as `torch.mm` gives them.
 """
 
 from __future__ import annotations
@@ -55,9 +55,13 @@ PRODUCTS = {
 
 
 class BareProducts:
-    """The floor: the named products one after the other, one call each, into memory that already exists."""
+    """The floor: the named products one after the other, one call each, as ``torch.mm`` gives them (a new result each).
 
-    def __init__(self, inputs: Inputs, names: tuple[str, ...]) -> None:
+    ``reuse``: into memory that already exists instead, which spares the products their page faults.
+    """
+
+    def __init__(self, inputs: Inputs, names: tuple[str, ...], reuse: bool = False) -> None:
+        self.reuse = reuse
         student_hidden, student_weight, teacher_hidden, teacher_weight = (x.detach() for x in inputs.tensors)
         logits = student_hidden.new_empty(inputs.shape.rows, inputs.shape.vocab)
         teacher_logits = torch.empty_like(logits) if "teacher_logits" in names else logits
@@ -72,7 +76,10 @@ class BareProducts:
 
     def __call__(self) -> None:
         for left, right, out in self.products:
-            torch.mm(left, right, out=out)
+            if self.reuse:
+                torch.mm(left, right, out=out)
+            else:
+                torch.mm(left, right)
 
 
 # ----------------------------------------------------------------------------------------------------------------- ops
@@ -153,8 +160,8 @@ class Case:
         reads, writes = {x for p in chosen for x in p.reads}, {x for p in chosen for x in p.writes}
         return sum(shape.elements(x) for x in (*reads, *writes)) * dtype.itemsize + self.entry_bytes(shape)
 
-    def floor(self, mode: str, inputs: Inputs) -> BareProducts:
-        return BareProducts(inputs, self.products[mode])
+    def floor(self, mode: str, inputs: Inputs, reuse: bool = False) -> BareProducts:
+        return BareProducts(inputs, self.products[mode], reuse)
 
     def verify(self, inputs: Inputs, result: Result, **options: str) -> dict[str, float]:
         """The errors of a result.

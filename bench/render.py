@@ -27,6 +27,7 @@ README = ROOT / "README.md"
 
 LABELS = {
     "products": "bare matrix products",
+    "products_reused": "the same, into memory that exists already",
     "products_fp32": "bare matrix products, in fp32",
     "kd_kernels": "**kd-kernels**",
     "kd_kernels_rounded_logits": '**kd-kernels**, `logits_dtype="input"`',

@@ -141,11 +141,11 @@ def _errors(comparison: Comparison, results: dict[str, dict]) -> None:
 def compare(comparison: Comparison, seconds: float) -> dict[str, object]:
     """The record of a comparison: errors, times and ratios of every contender."""
     case, mode = CASES[comparison.case], comparison.mode
-    results: dict[str, dict] = {"products": {}} | {name: {} for name in comparison.contenders}
+    results: dict[str, dict] = {"products": {}, "products_reused": {}} | {name: {} for name in comparison.contenders}
     _errors(comparison, results)
 
     made = _inputs(comparison.shape, TIMED_AT).to(comparison.dtype)
-    runs = {"products": case.floor(mode, made)}
+    runs = {"products": case.floor(mode, made), "products_reused": case.floor(mode, made, reuse=True)}
     if comparison.dtype != FP32:
         runs["products_fp32"] = case.floor(mode, made.to(FP32))
         results["products_fp32"] = {}

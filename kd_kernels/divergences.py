@@ -318,6 +318,8 @@ def custom(name: str, terms: Callable[..., tuple[Tensor, Tensor]], **params: flo
     Raises:
         ValueError: ``name`` is a built-in one or no identifier.
     """
+    if not isinstance(name, str):
+        _check.fail_type("custom", "name", "a str", type(name).__name__)
     if not name.isidentifier() or name in REGISTRY:
         _check.fail("custom", "name", "an identifier that is no built-in divergence", repr(name))
     if not callable(terms):
@@ -335,6 +337,8 @@ def _parse_builtin(text: str) -> Divergence | None:
         name = call.func.id  # type: ignore[attr-defined]
         args = [ast.literal_eval(arg) for arg in call.args]
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if None in kwargs:
+            raise ValueError("** is not for configurations")
     except (SyntaxError, ValueError, AttributeError):
         _check.fail("divergence", "the string", 'of the form name or name(parameter=value), as "jsd(beta=0.5)"', repr(text))
     if name not in REGISTRY:

@@ -137,8 +137,9 @@ class LinearSource(Source):
         self.fixed_bytes = min(self.tile, columns) * width * dtype.itemsize if self.widens else 0
         # A product that is rounded to the input's dtype anyway (the gradients) may use hardware bf16.
         self.low_precision = self.weight.dtype if self.autocast is None else self.autocast
+        inputs = {self.weight.dtype, linear.hidden.dtype} if self.autocast is None else {self.autocast}
         self.uses_bf16 = (
-            self.low_precision == torch.bfloat16 and self.weight.device.type == "cpu" and has_native_bf16_products()
+            inputs == {torch.bfloat16} and self.weight.device.type == "cpu" and has_native_bf16_products()
         )
 
     def open(self, rows_per_chunk: int) -> None:

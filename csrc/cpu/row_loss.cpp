@@ -263,7 +263,8 @@ template <class S> void dense_row(const RowLoss<S>& job, const RawLogits<S>& tea
     stats[kTeacherConfidence] = 1 / p.sum;
   }
   const Sums sums = sweep_of<S>(job.formula)(p, q, nullptr, job.params, n, g);
-  job.loss[row] = job.kd_weight * sums.f;
+  const bool wants_kd = job.kd_weight != 0;  // 0 times an infinite divergence is nothing
+  job.loss[row] = wants_kd ? job.kd_weight * sums.f : 0;
   if (student.wants_ce) job.loss[row] -= job.ce_weight * label_logprob;
   if (job.stats) job.stats[row * kStats + kDivergence] = sums.f;
   if (!job.gradient) return;
@@ -275,7 +276,7 @@ template <class S> void dense_row(const RowLoss<S>& job, const RawLogits<S>& tea
     using T = decltype(lane);
     const T z = load<T>(q.z + v);
     const T q_v = exp(z - (T{} + q.max)) * splat<T>(inverse_sum);
-    T slot = (load<T>(g + v) - q_v * splat<T>(sums.g)) * splat<T>(kd);
+    T slot = wants_kd ? (load<T>(g + v) - q_v * splat<T>(sums.g)) * splat<T>(kd) : T{};
     if (student.wants_ce) slot += student.ce_share(z, q_v);
     store(out + v, slot * student.slope(z) * splat<T>(job.weight[row]));
   });
@@ -327,6 +328,10 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
   else if (taken < k) job.status[row] |= kBadIds;
   if (!is_probability || (!teacher.importance && kept_mass > 1 + kMassTolerance)) job.status[row] |= kBadTeacher;
   if (bucket && !(teacher.tail[row] <= S(1e-4))) job.status[row] |= kBadTail;
+  if (bucket && kept_mass + std::exp(static_cast<double>(teacher.tail[row])) > 1 + kMassTolerance) job.status[row] |= kBadTeacher;
+  if (teacher.importance)
+    for (int64_t i = 0; i < k; ++i)
+      if (!(teacher.importance[first + i] >= 0 && teacher.importance[first + i] < kInf<S>)) job.status[row] |= kBadImportance;
   if (job.status[row]) return;
 
   StudentRow<S> student{job, q, label, sum, job.ce_weight != 0 && label >= 0};
@@ -353,7 +358,8 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
   }
   const S* importance = teacher.importance ? teacher.importance + first : nullptr;
   const Sums sums = sweep_of<S>(job.formula)({logp, S{}, 1, S{}}, {logq, S{}, 1, S{}}, importance, job.params, count, g);
-  job.loss[row] = job.kd_weight * sums.f;
+  const bool wants_kd = job.kd_weight != 0;
+  job.loss[row] = wants_kd ? job.kd_weight * sums.f : 0;
   if (student.wants_ce) job.loss[row] -= job.ce_weight * label_logprob;
 
   if (job.stats) {
@@ -398,6 +404,7 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
   // What an id outside the kept set gets is proportional to its q: the tail's own g spread over it, less its share of G.
   double spread = renormalise ? 0 : -sums.g;
   if (bucket && tail_sum > 0) spread += static_cast<double>(g[k]) * sum / tail_sum;
+  if (!wants_kd) spread = 0;
   over_columns<S>(0, n, [&](auto lane, int64_t v) {
     using T = decltype(lane);
     const T z_v = load<T>(z + v);
@@ -413,7 +420,7 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
   for (int64_t i = 0; i < k; ++i) {
     const S q_i = static_cast<S>(std::exp(static_cast<double>(kept_z[i]) - max) * inverse_sum);
     const S q_event = renormalise ? static_cast<S>(std::exp(static_cast<double>(kept_z[i]) - max) / kept_sum) : q_i;
-    S slot = static_cast<S>((g[i] - q_event * sums.g) * kd);
+    S slot = wants_kd ? static_cast<S>((g[i] - q_event * sums.g) * kd) : S{};
     if (student.wants_ce) slot += student.ce_share(kept_z[i], q_i);
     out[ids[i]] = slot * student.slope(kept_z[i]) * static_cast<S>(weight);
   }

@@ -10,7 +10,7 @@ enum Stat { kDivergence, kStudentEntropy, kTeacherEntropy, kAgreement, kCaptured
             kStudentTop1, kTeacherTop1, kStudentConfidence, kTeacherConfidence, kStats };
 
 // Bits of a row's status: what was wrong with it.
-enum Status { kBadStudent = 1, kBadTeacher = 2, kBadLabel = 4, kBadIds = 8, kBadTail = 16 };
+enum Status { kBadStudent = 1, kBadTeacher = 2, kBadLabel = 4, kBadIds = 8, kBadTail = 16, kBadImportance = 32 };
 
 enum Tail { kBucket, kRenormalize, kDrop };
 

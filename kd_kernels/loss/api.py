@@ -72,7 +72,7 @@ def kd_loss(
             ``kd_weight=0``: cross-entropy alone.
         divergence: a :class:`Divergence` or its string form, ``"jsd(beta=0.5)"``.
         labels: int64 or int32, the rows' shape, *not* shifted: ``labels[i]`` is the token that row i predicts. Rows with
-            ``ignore_index`` do not count.
+            ``ignore_index`` do not count. Their range is checked where they are used (``ce_weight`` or ``stats``).
         ce_weight, kd_weight: weights of the two terms; at least 0.
         temperature: > 0. Sparse targets must declare it.
         squared_temperature: multiply D by T^2, so that its gradient keeps its size as T grows (Hinton et al. 2015).
@@ -124,7 +124,12 @@ def kd_loss(
     shape, device = leading_shape(student_noun), student_noun.device
     count = shape.numel()
     _check_scalars(ce_weight, kd_weight, temperature, reduction, tail, normalizer, stats, group, max_scratch_bytes)
-    _check.one_of(WHERE, "logits_dtype", logits_dtype, (None, "input"))  # type: ignore[arg-type]
+    if logits_dtype not in (None, "input"):
+        _check.fail(WHERE, "logits_dtype", 'one of None, "input"', repr(logits_dtype))
+    if not isinstance(squared_temperature, bool):
+        _check.fail_type(WHERE, "squared_temperature", "a bool", type(squared_temperature).__name__)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        _check.fail_type(WHERE, "ignore_index", "an integer", type(ignore_index).__name__)
     if teacher is None and kd_weight != 0:
         _check.fail(WHERE, "teacher", "given", None, "for cross-entropy alone pass kd_weight=0")
     if labels is None and ce_weight != 0:
@@ -211,6 +216,8 @@ def _check_scalars(
             _check.fail(WHERE, name, "finite and at least 0", value)
     _check.one_of(WHERE, "reduction", reduction, REDUCTIONS)
     _check.one_of(WHERE, "tail", tail, TAILS)
+    if isinstance(stats, str):
+        _check.fail_type(WHERE, "stats", "a tuple of names", "str", f'("{stats}",)')
     for name in stats:
         _check.one_of(WHERE, "stats", name, STATS)
     if normalizer is not None and reduction != "mean":

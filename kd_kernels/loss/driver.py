@@ -265,6 +265,7 @@ _COMPLAINTS = (
     (reference.BAD_STUDENT, "student logits", "free of NaN and +inf, with a finite entry in every row", ""),
     (reference.BAD_IDS, "teacher.ids", "in 0..V-1={last} and distinct within a row", ""),
     (reference.BAD_TAIL, "teacher.tail_logprob", "at most 0: the log of a mass", ""),
+    (reference.BAD_IMPORTANCE, "teacher.importance", "finite and at least 0", ""),
     (reference.BAD_LABEL, "labels", "in 0..V-1={last}, or ignore_index", ""),
     (
         reference.BAD_TEACHER, "teacher",

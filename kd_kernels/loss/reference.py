@@ -15,7 +15,7 @@ from kd_kernels.logits import SparseTargets
 from kd_kernels.loss.plan import STATS, RowJob
 from kd_kernels.products import RawRows
 
-BAD_STUDENT, BAD_TEACHER, BAD_LABEL, BAD_IDS, BAD_TAIL = 1, 2, 4, 8, 16
+BAD_STUDENT, BAD_TEACHER, BAD_LABEL, BAD_IDS, BAD_TAIL, BAD_IMPORTANCE = 1, 2, 4, 8, 16, 32
 """Bits of a row's status, as in csrc/cpu/row_loss.h."""
 
 MASS_TOLERANCE = 0.1
@@ -54,7 +54,9 @@ def dense_rows(
             teacher_top1=logp.argmax(1), student_confidence=logq.amax(1).exp(), teacher_confidence=logp.amax(1).exp(),
         )
     if gradient is not None:
-        slot = (g - logq.exp() * total_g.to(g.dtype)[:, None]) * (job.kd_weight / job.temperature)
+        slot = torch.zeros_like(g)  # 0 times an infinite divergence is nothing
+        if job.kd_weight != 0:
+            slot = (g - logq.exp() * total_g.to(g.dtype)[:, None]) * (job.kd_weight / job.temperature)
         _write_gradient(gradient, slot, student, z, logq_label_space, job, labels, weight)
     return _loss(divergence, label_logprob, job, active), _masked(stats, active), status
 
@@ -78,9 +80,13 @@ def sparse_rows(
     captured = per_row(logp.exp())
     over_one = captured > 1 + MASS_TOLERANCE if teacher.importance is None else torch.zeros_like(active)
     status = BAD_STUDENT * _is_bad(logq) + BAD_IDS * ((kept.amax(1) > 1) | (per_row(outside) > 0))
-    status = status + BAD_TEACHER * (over_one | (per_row(~(logp <= 1e-4)) > 0))
+    if teacher.importance is not None:
+        usable = teacher.importance.isfinite() & (teacher.importance >= 0)
+        status = status + BAD_IMPORTANCE * (per_row(~usable) > 0)
     if bucket:
         status = status + BAD_TAIL * ~(teacher.tail_logprob <= 1e-4)
+        over_one = over_one | (captured + teacher.tail_logprob.double().exp() > 1 + MASS_TOLERANCE)
+    status = status + BAD_TEACHER * (over_one | (per_row(~(logp <= 1e-4)) > 0))
     labels, label_status = _usable_labels(labels, z.shape[1], job, want_stats)
     status = torch.where(active, status + label_status, 0).int()
 
@@ -113,7 +119,7 @@ def sparse_rows(
             spread = spread + torch.where(logq_tail > -torch.inf, g_tail / logq_tail.exp(), 0.0)
         slot = q * spread[:, None]
         slot[row, ids] = g - logq_event.exp() * shared[row]
-        slot *= job.kd_weight / job.temperature
+        slot = slot * (job.kd_weight / job.temperature) if job.kd_weight != 0 else torch.zeros_like(slot)
         _write_gradient(gradient, slot, student, z, logq_label_space, job, labels, weight)
     return _loss(divergence, label_logprob, job, active), _masked(stats, active), status
 
@@ -181,7 +187,7 @@ def _masked(stats: Tensor | None, active: Tensor) -> Tensor | None:
 
 
 def _loss(divergence: Tensor, label_logprob: Tensor, job: RowJob, active: Tensor) -> Tensor:
-    loss = job.kd_weight * divergence
+    loss = job.kd_weight * divergence if job.kd_weight != 0 else torch.zeros_like(divergence)
     if job.ce_weight != 0:
         loss = loss - job.ce_weight * label_logprob
     return torch.where(active, loss, 0.0)
