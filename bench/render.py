@@ -192,21 +192,24 @@ def precision(results: dict) -> str:
 
 
 def memory(results: dict) -> str:
-    """Scratch beside the gradients."""
-    fp32, bf16 = (results["comparisons"][f"memory_{dtype}"] for dtype in ("fp32", "bf16"))
+    """Scratch beside the gradients, in the dtypes that were measured."""
+    records = {d: r for d in ("fp32", "bf16") if (r := results["comparisons"].get(f"memory_{d}"))}
+    first = next(iter(records.values()))
     mebibytes = lambda result: [f"{result['scratch_bytes'] / 2**20:,.0f} MiB"]  # noqa: E731
     rows = [
-        [label(name, fp32), *_cells(fp32, name, mebibytes, 1), *_cells(bf16, name, mebibytes, 1)]
-        for name in _took_part(fp32, bf16)
+        [label(name, first), *(cell for r in records.values() for cell in _cells(r, name, mebibytes, 1))]
+        for name in _took_part(*records.values())
     ]
-    gradients = [r["contenders"]["kd_kernels"]["gradient_bytes"] / 2**20 for r in (fp32, bf16)]
-    text = (
-        f"`{fp32['divergence']}`, {shape_of(fp32)}; kd-kernels with `max_scratch_bytes` of "
-        f"{fp32['budget_bytes'] / 2**20:.0f} MiB. Peak resident memory above the level before the call, less the "
-        f"gradients that were asked for ({gradients[0]:.0f} MiB in fp32, {gradients[1]:.0f} MiB in bf16); one fp32 "
-        f"matrix of logits is {fp32['logits_bytes'] / 2**20:,.0f} MiB.\n\n"
+    gradients = ", ".join(
+        f"{r['contenders']['kd_kernels']['gradient_bytes'] / 2**20:.0f} MiB in {d}" for d, r in records.items()
     )
-    return text + table(["", "fp32", "bf16"], rows) + _skipped(fp32, bf16)
+    text = (
+        f"`{first['divergence']}`, {shape_of(first)}; kd-kernels with `max_scratch_bytes` of "
+        f"{first['budget_bytes'] / 2**20:.0f} MiB. Peak resident memory above the level before the call, less the "
+        f"gradients that were asked for ({gradients}); one fp32 matrix of logits is "
+        f"{first['logits_bytes'] / 2**20:,.0f} MiB.\n\n"
+    )
+    return text + table(["", *records], rows) + _skipped(*records.values())
 
 
 def demo(results: dict) -> str:
