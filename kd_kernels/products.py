@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -71,19 +72,19 @@ def has_native_bf16_products() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-class Source:
+class Source(ABC):
     """Rows of one noun, chunk by chunk. ``bytes_per_row`` and ``fixed_bytes`` say what its scratch takes."""
 
     bytes_per_row: int = 0
     fixed_bytes: int = 0
 
+    @abstractmethod
     def open(self, rows_per_chunk: int) -> None:
         """Allocate scratch for chunks of at most so many rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk(self, begin: int, end: int) -> RawRows:
         """Rows ``begin`` to ``end`` of those selected. Valid until the next call."""
-        raise NotImplementedError
 
 
 class TensorSource(Source):

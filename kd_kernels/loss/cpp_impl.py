@@ -7,11 +7,8 @@ from torch import Tensor
 
 from kd_kernels._backend import extension
 from kd_kernels.logits import SparseTargets
-from kd_kernels.loss.plan import STATS, TAILS, RowJob
+from kd_kernels.loss.plan import STATS, TAILS, RowJob, Rows
 from kd_kernels.products import RawRows
-
-Rows = tuple[Tensor, "Tensor | None", Tensor]
-
 
 def thread_bytes(columns: int, dtype: torch.dtype) -> int:
     """Scratch of the row pass itself: two rows a thread."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import _check
-from kd_kernels.logits import LinearLogits, SparseTargets, Targets
+from kd_kernels.logits import LinearLogits, SparseTargets, Targets, leading_shape
 from kd_kernels.loss import cpp_impl, reference
 from kd_kernels.loss.plan import ID_STATS, STATS, Plan
 from kd_kernels.products import LinearSource, Source, TensorSource, flattened, rows_per_chunk, source, tensors_of, work_dtype
@@ -159,7 +159,7 @@ def _run(
     is_sparse = teacher is None or isinstance(teacher, SparseTargets)
     if teacher is None:
         teacher = _no_targets(student)
-    count = (student if isinstance(student, Tensor) else student.hidden).shape[0]
+    count = leading_shape(student).numel()
     weight = row_weights(plan, count, device, inputs)
     if upstream is not None:
         weight = weight * upstream.double()
@@ -238,7 +238,7 @@ def _run(
 
 def _no_targets(student: Targets) -> SparseTargets:
     """Rows without an entry: what a loss without a teacher sees."""
-    count = (student if isinstance(student, Tensor) else student.hidden).shape[0]
+    count = leading_shape(student).numel()
     device = student.device
     empty = torch.empty(0, device=device)
     offsets = torch.zeros(count + 1, dtype=torch.int64, device=device)

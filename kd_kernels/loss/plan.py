@@ -30,6 +30,10 @@ REDUCTIONS = ("mean", "sum", "none")
 TAILS = ("bucket", "renormalize", "drop")
 
 
+Rows = tuple[Tensor, "Tensor | None", Tensor]
+"""What a row implementation returns for a chunk: loss, statistics or None, status; see ``reference.py``."""
+
+
 @dataclass(frozen=True)
 class RowJob:
     """What a row implementation is told. ``kd_weight`` includes T^2 where that was asked for."""

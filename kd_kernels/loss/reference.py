@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_kernels.divergences import torch_terms
 from kd_kernels.logits import SparseTargets
-from kd_kernels.loss.plan import STATS, RowJob
+from kd_kernels.loss.plan import STATS, RowJob, Rows
 from kd_kernels.products import RawRows
 
 BAD_STUDENT, BAD_TEACHER, BAD_LABEL, BAD_IDS, BAD_TAIL, BAD_IMPORTANCE = 1, 2, 4, 8, 16, 32
@@ -23,8 +23,6 @@ MASS_TOLERANCE = 0.1
 
 BYTES_PER_LOGIT = 10
 """Temporaries of the size of a chunk that the row pass holds at once, beside its inputs, in logits."""
-
-Rows = tuple[Tensor, "Tensor | None", Tensor]
 
 
 def dense_rows(
