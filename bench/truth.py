@@ -1,13 +1,19 @@
-"""What the results should be, in float64 and by autograd, from the tests' oracles; and the errors of what they are."""
+"""What the results should be, in float64 and by autograd, from the tests' oracles; and the errors of what they are.
+
+The gradients of the logits are exact in every row; of dH and dW the rows in ``Inputs.judged`` are formed, which spares a
+shape of a real model two products in float64, and the loss is that of all rows.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.inputs import Inputs
@@ -16,12 +22,21 @@ from kd_kernels import SparseTargets, divergences
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import oracles  # noqa: E402  (the formulas there are independent of the library)
 
-CHUNK_ROWS = 64
-"""Rows whose float64 logits exist at a time."""
-
-
 Terms = Callable[[Tensor, Tensor], Tensor]
 """``(logp, logq) -> terms``: one summand an event, in plain torch."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a result is from the truth, by name.
+
+    Attributes:
+        errors: ``|result - true| / |true|`` in the L2 norm; of sparse targets the largest error in nats.
+        cosines: between a gradient and the true one.
+    """
+
+    errors: dict[str, float]
+    cosines: dict[str, float] = field(default_factory=dict)
 
 
 def terms_of(divergence: str) -> Terms:
@@ -46,18 +61,21 @@ def sparse_rows(student_logits: Tensor, targets: SparseTargets, rows: slice, ter
 
 
 def _mean_and_gradients(inputs: Inputs, losses_of: Callable[[Tensor, slice], Tensor]) -> dict[str, Tensor]:
-    """``losses_of(student logits, rows)`` averaged over all rows, and the gradients of that, chunk of rows by chunk."""
-    hidden, weight = (x.detach().double().requires_grad_() for x in inputs.tensors[:2])
-    total = 0.0
-    for begin in range(0, inputs.shape.rows, CHUNK_ROWS):
-        rows = slice(begin, min(begin + CHUNK_ROWS, inputs.shape.rows))
-        loss = losses_of(hidden[rows] @ weight.t(), rows).sum() / inputs.shape.rows
-        loss.backward()
+    """``losses_of(student logits, rows)`` averaged over all rows, and the judged rows of its gradients."""
+    hidden, weight = (x.detach().double() for x in inputs.tensors[:2])
+    judged_rows, judged_ids = inputs.judged
+    total, of_hidden, of_weight = 0.0, [], torch.zeros_like(weight[judged_ids])
+    for rows in inputs.chunks():
+        logits = (hidden[rows] @ weight.t()).requires_grad_()
+        loss = losses_of(logits, rows).sum() / inputs.shape.rows
+        (gradient,) = torch.autograd.grad(loss, logits)
+        here = judged_rows[(judged_rows >= rows.start) & (judged_rows < rows.stop)] - rows.start
+        of_hidden.append(gradient[here] @ weight)
+        of_weight += gradient[:, judged_ids].t() @ hidden[rows]
         total = total + loss.detach()
-    return {"loss": total, "student_hidden": hidden.grad, "student_weight": weight.grad}
+    return {"loss": total, "student_hidden": torch.cat(of_hidden), "student_weight": of_weight}
 
 
-@functools.lru_cache(maxsize=2)
 def dense(inputs: Inputs, divergence: str) -> dict[str, Tensor]:
     """Loss and gradients against the teacher's head."""
     teacher_hidden, teacher_weight = (x.double() for x in inputs.tensors[2:])
@@ -69,28 +87,43 @@ def dense(inputs: Inputs, divergence: str) -> dict[str, Tensor]:
     return _mean_and_gradients(inputs, losses_of)
 
 
-@functools.lru_cache(maxsize=2)
 def sparse(inputs: Inputs, divergence: str) -> dict[str, Tensor]:
     """Loss and gradients against the sparse teacher."""
     terms = terms_of(divergence)
     return _mean_and_gradients(inputs, lambda logits, rows: sparse_rows(logits, inputs.targets, rows, terms))
 
 
-def relative_errors(result: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """``|result - true| / |true|`` in the L2 norm, for every tensor of a result."""
-    return {name: ((x.double() - true[name]).norm() / true[name].norm()).item() for name, x in result.items()}
+def cross_entropy(inputs: Inputs) -> dict[str, Tensor]:
+    """Loss and gradients against the labels."""
+    return _mean_and_gradients(
+        inputs, lambda logits, rows: F.cross_entropy(logits, inputs.labels[rows], reduction="none")
+    )
 
 
-def topk_errors(inputs: Inputs, result: dict[str, Tensor]) -> dict[str, float]:
+def judge_loss(inputs: Inputs, result: dict[str, Tensor], true_of: Callable[..., dict], **options: str) -> Verdict:
+    """Errors and cosines of a loss and its gradients; ``true_of(inputs, **options)`` is worked out once."""
+    key = f"{true_of.__name__} {options}"
+    if key not in inputs.truths:
+        inputs.truths[key] = true_of(inputs, **options)
+    true = inputs.truths[key]
+    rows, ids = inputs.judged
+    chosen = {"loss": ..., "student_hidden": rows, "student_weight": ids}
+    found = {name: x[chosen[name]].double() for name, x in result.items()}
+    errors = {name: ((x - true[name]).norm() / true[name].norm()).item() for name, x in found.items()}
+    cosines = {name: F.cosine_similarity(x.flatten(), true[name].flatten(), dim=0).item() for name, x in found.items()}
+    return Verdict(errors, {name: cosine for name, cosine in cosines.items() if name != "loss"})
+
+
+def judge_topk(inputs: Inputs, result: dict[str, Tensor]) -> Verdict:
     """Largest error in nats of a kept log-probability, of the k-th best one that was kept, and of the tail.
 
     ``missed`` compares sorted log-probabilities: ids may differ only where two logits differ by less than rounding.
     """
     count, errors = inputs.shape.rows, {"logprobs": 0.0, "missed": 0.0, "tail_logprob": 0.0}
     ids, logprobs = (result[name].reshape(count, -1) for name in ("ids", "logprobs"))
-    for begin in range(0, count, CHUNK_ROWS):
-        rows = slice(begin, begin + CHUNK_ROWS)
-        true = (inputs.teacher_hidden[rows].double() @ inputs.teacher_weight.double().t()).log_softmax(1)
+    weight = inputs.teacher_weight.double().t()
+    for rows in inputs.chunks():
+        true = (inputs.teacher_hidden[rows].double() @ weight).log_softmax(1)
         at_ids, best = true.gather(1, ids[rows]), true.topk(ids.shape[1], dim=1).values
         tail = torch.log1p(-at_ids.exp().sum(1))
         gaps = {
@@ -98,4 +131,4 @@ def topk_errors(inputs: Inputs, result: dict[str, Tensor]) -> dict[str, float]:
             "tail_logprob": result["tail_logprob"][rows] - tail,
         }
         errors = {name: max(errors[name], gap.abs().max().item()) for name, gap in gaps.items()}
-    return errors
+    return Verdict(errors)

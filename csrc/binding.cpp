@@ -87,13 +87,14 @@ template <class S> void dense(const Job& job, const RawTuple& teacher) {
   KD_DISPATCH(dense_rows(row_loss<S>(job), raw_logits<S>(teacher)))
 }
 
-// offsets, ids, logprobs, tail or 0, importance or 0, treatment
-using SparseTuple = std::tuple<Address, Address, Address, Address, Address, int>;
+// starts, ends, ids, logprobs, tail or 0, importance or 0, treatment
+using SparseTuple = std::tuple<Address, Address, Address, Address, Address, Address, int>;
 
 template <class S> void sparse(const Job& job, const SparseTuple& t) {
   const kd::SparseRows<S> teacher{pointer<const int64_t>(std::get<0>(t)), pointer<const int64_t>(std::get<1>(t)),
-                                  pointer<const S>(std::get<2>(t)),       pointer<const S>(std::get<3>(t)),
-                                  pointer<const S>(std::get<4>(t)),       static_cast<kd::Tail>(std::get<5>(t))};
+                                  pointer<const int64_t>(std::get<2>(t)), pointer<const S>(std::get<3>(t)),
+                                  pointer<const S>(std::get<4>(t)),       pointer<const S>(std::get<5>(t)),
+                                  static_cast<kd::Tail>(std::get<6>(t))};
   KD_DISPATCH(sparse_rows(row_loss<S>(job), teacher))
 }
 

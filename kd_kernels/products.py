@@ -1,40 +1,43 @@
 """From nouns to chunks of rows of logits: the products of the language-model head, and the memory that they may take.
 
-Every verb walks its rows in chunks through a :class:`Source`. A source yields :class:`RawRows`: the *products* of a chunk,
-in fp32 (fp64 where an input is fp64), with the elementwise map that turns them into logits still to be applied, because
-the row kernels apply it while they read.
-
-Products are never rounded to bf16 or fp16, unless the caller names that (``precision="input"``): the gradient of a
-divergence is a difference p - q, which rounding the logits makes wrong by 3 to 30 percent as the student gets good. On a
-CPU, torch's product of two bf16 matrices rounds its result, so half-precision weights are widened tile by tile and
-multiplied in fp32; a bf16 input is exact in fp32, and the result is what fp32 accumulation gives.
+Every verb walks its rows in chunks through a :class:`Source`. A dense source yields :class:`RawRows`: the *products* of a
+chunk (``heads.py``), in fp32 (fp64 where an input is fp64), with the elementwise map that turns them into logits still to be
+applied, because the row kernels apply it while they read. A sparse one yields :class:`SparseRows`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kd_kernels import _check
-from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, vocab
-
-WEIGHT_TILE_BYTES = 8 << 20
-"""Widened rows of a half-precision weight held at a time: enough columns for the product to run at full speed."""
+from kd_kernels import _check, heads
+from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, vocab
 
 DEFAULT_SCRATCH_BYTES = {"cpu": 256 << 20}
 """Scratch that a verb takes when the caller gives no ``max_scratch_bytes``, by device type."""
-FALLBACK_SCRATCH_BYTES = 1 << 30
+FALLBACK_SCRATCH_BYTES = 1400 << 20
+"""Enough for 1,024 rows or more of two models at a vocabulary of 150,000: there the weights, which are read for every chunk, and
+the gradient of the head, which is added to for every chunk, hide behind the products."""
+
+PITCH = 64
+"""Rows of scratch on a GPU begin at multiples of so many elements: matrix units and 16-byte loads want aligned rows."""
+
+ROW_TILE = 128
+"""Chunks on a GPU are multiples of so many rows, which is what one tile of a matrix product takes."""
 
 
 @dataclass(frozen=True)
 class RawRows:
-    """Rows that stand for logits ``softcap * tanh(scale * (raw + bias) / softcap)``; ``raw`` is ``[C, V]``, work dtype."""
+    """Rows that stand for logits ``softcap * tanh(scale * (raw + bias) / softcap)``.
+
+    ``raw`` is ``[C, V]``, in the work dtype, or in the caller's own where the source is ``native``. ``bias`` is in the work
+    dtype, contiguous. Columns of a row are adjacent; rows may be further apart.
+    """
 
     raw: Tensor
     bias: Tensor | None = None
@@ -51,6 +54,17 @@ class RawRows:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
+class SparseRows(NamedTuple):
+    """C rows of a sparse teacher: row i has the entries ``starts[i]`` to ``ends[i]`` of the arrays that all rows share."""
+
+    starts: Tensor  # int64 [C]
+    ends: Tensor  # int64 [C]
+    ids: Tensor  # int64 [nnz]
+    logprobs: Tensor  # work dtype [nnz]
+    tail_logprob: Tensor | None  # work dtype [C]
+    importance: Tensor | None  # work dtype [nnz]
+
+
 def work_dtype(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any of the tensors is, else fp32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -63,13 +77,6 @@ def tensors_of(logits: Logits) -> list[Tensor]:
     if isinstance(logits, LinearLogits):
         return [t for t in (logits.hidden, logits.weight, logits.bias) if t is not None]
     return [t for member in logits.members for t in tensors_of(member)]
-
-
-@functools.lru_cache(maxsize=1)
-def has_native_bf16_products() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware; without, torch's bf16 product is slower than fp32."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 class Source(ABC):
@@ -93,12 +100,17 @@ class TensorSource(Source):
     Args:
         logits: ``[N, V]``.
         rows: int64 ``[M]``, or None for all.
-        writable: the caller will overwrite the rows (with their gradient), so they must not be the noun's own.
+        writable: the caller will overwrite the rows, so they must not be the noun's own.
+        native: the caller reads any dtype.
     """
 
-    def __init__(self, logits: Tensor, rows: Tensor | None, dtype: torch.dtype, columns: int, writable: bool = False) -> None:
+    def __init__(
+        self, logits: Tensor, rows: Tensor | None, dtype: torch.dtype, columns: int, writable: bool = False,
+        native: bool = False,
+    ) -> None:
         self.logits, self.rows, self.dtype = logits[:, :columns], rows, dtype
-        self.copies = writable or rows is not None or logits.dtype != dtype or (columns > 1 and logits.stride(1) != 1)
+        is_readable = native or logits.dtype == dtype
+        self.copies = writable or rows is not None or not is_readable or (columns > 1 and logits.stride(1) != 1)
         self.bytes_per_row = columns * dtype.itemsize if self.copies else 0
 
     def open(self, rows_per_chunk: int) -> None:
@@ -111,63 +123,37 @@ class TensorSource(Source):
 
 
 class LinearSource(Source):
-    """Products of a head, ``hidden @ weight.T``, and their backward.
+    """Products of a head, ``hidden @ weight.T``.
 
     Args:
         linear: the noun, ``hidden`` of shape ``[N, H]``.
         rows: int64 ``[M]``, or None for all: rows left out take no part in any product.
-        dtype: work dtype of the products.
-        columns: only the first so many rows of ``weight`` exist.
-        precision: "float32", or "input" to round the products to the dtype of the inputs (cheaper where the hardware
-            multiplies bf16; wrong by percents in the gradient of a divergence).
-        autocast: the dtype that autocast wants the inputs rounded to, or None.
+        dtype, columns, precision, autocast: as for :class:`heads.Head`.
     """
 
     def __init__(
         self, linear: LinearLogits, rows: Tensor | None, dtype: torch.dtype, columns: int, precision: str = "float32",
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.linear, self.rows, self.dtype, self.columns, self.precision = linear, rows, dtype, columns, precision
-        self.autocast = None if dtype == torch.float64 else autocast
-        self.weight = linear.weight[:columns]
+        self.linear, self.rows, self.columns = linear, rows, columns
+        self.head = heads.head(linear, dtype, columns, precision, autocast)
+        self.dtype = dtype
         self.bias = None if linear.bias is None else linear.bias[:columns].to(dtype).contiguous()
-        width = self.weight.shape[1]
-        self.widens = self.weight.dtype != dtype or self.autocast is not None
-        self.tile = max(64, WEIGHT_TILE_BYTES // (width * dtype.itemsize)) if self.widens else columns
-        self.bytes_per_row = columns * dtype.itemsize + width * dtype.itemsize
-        self.fixed_bytes = min(self.tile, columns) * width * dtype.itemsize if self.widens else 0
-        # A product that is rounded to the input's dtype anyway (the gradients) may use hardware bf16.
-        self.low_precision = self.weight.dtype if self.autocast is None else self.autocast
-        inputs = {self.weight.dtype, linear.hidden.dtype} if self.autocast is None else {self.autocast}
-        self.uses_bf16 = (
-            inputs == {torch.bfloat16} and self.weight.device.type == "cpu" and has_native_bf16_products()
-        )
+        self.pitch = columns if linear.device.type == "cpu" else -(-columns // PITCH) * PITCH
+        self.bytes_per_row = (self.pitch + linear.weight.shape[1]) * dtype.itemsize
+        self.fixed_bytes = self.head.fixed_bytes
 
     def open(self, rows_per_chunk: int) -> None:
-        self.scratch = torch.empty(rows_per_chunk, self.columns, dtype=self.dtype, device=self.weight.device)
-
-    def _rounded(self, x: Tensor) -> Tensor:
-        return x if self.autocast is None else x.to(self.autocast)
+        self.scratch = torch.empty(rows_per_chunk, self.pitch, dtype=self.dtype, device=self.linear.device)
 
     def hidden(self, begin: int, end: int) -> Tensor:
         """Hidden states of the rows, ``[C, H]``, rounded as autocast wants them."""
         hidden = self.linear.hidden
-        return self._rounded(hidden[begin:end] if self.rows is None else hidden[self.rows[begin:end]])
-
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the weight, in the work dtype, that cover its columns."""
-        for begin in range(0, self.columns, self.tile):
-            piece = slice(begin, min(begin + self.tile, self.columns))
-            yield piece, self._rounded(self.weight[piece]).to(self.dtype)
+        return self.head.rounded(hidden[begin:end] if self.rows is None else hidden[self.rows[begin:end]])
 
     def chunk(self, begin: int, end: int) -> RawRows:
-        raw, hidden = self.scratch[: end - begin], self.hidden(begin, end)
-        if self.precision == "input":
-            raw.copy_(hidden.to(self.low_precision) @ self._rounded(self.weight).t())
-        else:
-            hidden = hidden.to(self.dtype)
-            for piece, weight in self.tiles():
-                torch.mm(hidden, weight.t(), out=raw[:, piece])
+        raw = self.scratch[: end - begin, : self.columns]
+        self.head.logits(self.hidden(begin, end), raw)
         return RawRows(raw, self.bias, self.linear.scale, self.linear.softcap)
 
 
@@ -200,14 +186,34 @@ class EnsembleSource(Source):
         return RawRows(total)
 
 
+class SparseSource:
+    """Rows of sparse targets, chunk by chunk. Entries are never copied row by row, and no size is read from the device."""
+
+    bytes_per_row = fixed_bytes = 0
+
+    def __init__(self, targets: SparseTargets, rows: Tensor | None, dtype: torch.dtype) -> None:
+        convert = lambda x: None if x is None else x.to(dtype).contiguous()  # noqa: E731
+        pick = lambda x: x if x is None or rows is None else x[rows]  # noqa: E731
+        self.starts, self.ends = pick(targets.offsets[:-1]).long(), pick(targets.offsets[1:]).long()
+        self.ids, self.logprobs = targets.ids.long().contiguous(), convert(targets.logprobs)
+        self.importance, self.tail_logprob = convert(targets.importance), convert(pick(targets.tail_logprob))
+
+    def open(self, rows_per_chunk: int) -> None:
+        pass
+
+    def chunk(self, begin: int, end: int) -> SparseRows:
+        tail = None if self.tail_logprob is None else self.tail_logprob[begin:end]
+        return SparseRows(self.starts[begin:end], self.ends[begin:end], self.ids, self.logprobs, tail, self.importance)
+
+
 def source(
     logits: Logits, rows: Tensor | None, dtype: torch.dtype, *, columns: int | None = None, writable: bool = False,
-    precision: str = "float32", autocast: torch.dtype | None = None,
+    precision: str = "float32", autocast: torch.dtype | None = None, native: bool = False,
 ) -> Source:
     """The source of a dense noun whose leading dimensions are flattened to ``[N]``."""
     columns = vocab(logits) if columns is None else columns
     if isinstance(logits, Tensor):
-        return TensorSource(logits, rows, dtype, columns, writable)
+        return TensorSource(logits, rows, dtype, columns, writable, native)
     if isinstance(logits, LinearLogits):
         return LinearSource(logits, rows, dtype, columns, precision, autocast)
     members = [
@@ -244,5 +250,6 @@ def rows_per_chunk(
         )
     if rows == 0:
         return 1
-    chunks = -(-rows // min(fitting, rows))
-    return -(-rows // chunks)
+    tile = ROW_TILE if device.type != "cpu" and min(fitting, rows) >= ROW_TILE else 1
+    chunks = math.ceil(rows / min(fitting // tile * tile, rows))
+    return math.ceil(math.ceil(rows / chunks) / tile) * tile

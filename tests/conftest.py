@@ -70,7 +70,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[False, True], ids=["fp32 products", "bf16 products"])
 def bf16_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """As on a CPU without and with bf16 products in hardware: either must be tested on any machine."""
-    monkeypatch.setattr("kd_kernels.products.has_native_bf16_products", lambda: request.param)
+    monkeypatch.setattr("kd_kernels.heads.has_native_bf16_products", lambda: request.param)
     return request.param
 
 

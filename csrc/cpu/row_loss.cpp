@@ -285,7 +285,7 @@ template <class S> void dense_row(const RowLoss<S>& job, const RawLogits<S>& tea
 
 template <class S>
 void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row, S* z, S* events) {
-  const int64_t n = job.vocab, first = teacher.offsets[row], k = teacher.offsets[row + 1] - first;
+  const int64_t n = job.vocab, first = teacher.starts[row], k = teacher.ends[row] - first;
   const int64_t* ids = teacher.ids + first;
   const S* given = teacher.logprobs + first;
   const bool bucket = teacher.treatment == kBucket && !teacher.importance;
@@ -440,7 +440,7 @@ template <class S> void run_dense(const RowLoss<S>& job, const RawLogits<S>& tea
 template <class S> void run_sparse(const RowLoss<S>& job, const SparseRows<S>& teacher) {
   int64_t longest = 0;
   for (int64_t row = 0; row < job.rows; ++row) {
-    const int64_t k = teacher.offsets[row + 1] - teacher.offsets[row];
+    const int64_t k = teacher.ends[row] - teacher.starts[row];
     longest = k > longest ? k : longest;
   }
 #pragma omp parallel num_threads(job.threads)

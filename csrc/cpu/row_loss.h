@@ -23,9 +23,10 @@ template <class S> struct RawLogits {
   bool is_plain() const { return bias == nullptr && scale == 1.0 && softcap == 0.0; }
 };
 
-// A teacher known at some ids only; see SparseTargets in kd_kernels/logits.py.
+// A teacher known at some ids only; see SparseRows in kd_kernels/products.py.
 template <class S> struct SparseRows {
-  const int64_t* offsets;  // [rows + 1], into ids
+  const int64_t* starts;  // [rows], into ids
+  const int64_t* ends;    // [rows]
   const int64_t* ids;
   const S* logprobs;
   const S* tail;        // [rows] or null

@@ -234,7 +234,8 @@ def _normalizer(value: float | Tensor, device: torch.device) -> Tensor:
         if value.numel() != 1:
             _check.fail(WHERE, "normalizer", "a number or a tensor of one element", list(value.shape))
         return value.detach().reshape(())
-    return torch.tensor(_check.positive(WHERE, "normalizer", value), dtype=torch.float64, device=device)
+    # Filled on the device: a copy from the host would wait for it, and could not be captured in a CUDA graph.
+    return torch.full((), _check.positive(WHERE, "normalizer", value), dtype=torch.float64, device=device)
 
 
 def _common_vocab(student: Tensor | LinearLogits, teacher: Targets | None) -> int:

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from kd_kernels._backend import extension
-from kd_kernels.logits import SparseTargets
 from kd_kernels.loss.plan import STATS, TAILS, RowJob, Rows
-from kd_kernels.products import RawRows
+from kd_kernels.products import RawRows, SparseRows
 
-def thread_bytes(columns: int, dtype: torch.dtype) -> int:
-    """Scratch of the row pass itself: two rows a thread."""
-    return 2 * columns * dtype.itemsize * torch.get_num_threads()
+
+NATIVE = False
+
+
+def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Two rows a thread."""
+    return 0, 2 * columns * dtype.itemsize * torch.get_num_threads()
 
 
 def dense_rows(
@@ -27,22 +30,15 @@ def dense_rows(
 
 
 def sparse_rows(
-    student: RawRows, teacher: SparseTargets, job: RowJob, labels: Tensor | None, weight: Tensor, gradient: Tensor | None,
+    student: RawRows, teacher: SparseRows, job: RowJob, labels: Tensor | None, weight: Tensor, gradient: Tensor | None,
     want_stats: bool,
 ) -> Rows:
     """Rows of a sparse teacher. Bytes: reads and writes C V elements of the work dtype, and the entries."""
     call, outputs = _job(student, job, labels, weight, gradient, want_stats)
     address = lambda t: 0 if t is None else t.data_ptr()  # noqa: E731
-    # Held by name until the call is over: only addresses travel.
-    dtype = student.raw.dtype
-    ids = teacher.ids.long().contiguous()
-    logprobs = teacher.logprobs.to(dtype).contiguous()
-    tail = None if teacher.tail_logprob is None else teacher.tail_logprob.to(dtype).contiguous()
-    importance = None if teacher.importance is None else teacher.importance.to(dtype).contiguous()
-    offsets = teacher.offsets.contiguous()
     # Weighted entries have no tail to treat. (The address of no weights at all is 0, like that of None.)
-    treatment = TAILS.index(job.tail if importance is None else "drop")
-    arguments = (address(offsets), address(ids), address(logprobs), address(tail), address(importance), treatment)
+    treatment = TAILS.index(job.tail if teacher.importance is None else "drop")
+    arguments = (*(address(t) for t in teacher), treatment)
     getattr(extension(), f"sparse_rows_{_suffix(student.raw)}")(call, arguments)
     return outputs
 

@@ -7,6 +7,7 @@ gradient of each token as weights, the backward of ``reduction="none"``.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NoReturn
@@ -16,12 +17,22 @@ from torch import Tensor
 
 from kd_kernels import _check
 from kd_kernels.logits import LinearLogits, SparseTargets, Targets, leading_shape
-from kd_kernels.loss import cpp_impl, reference
+from kd_kernels.loss import reference
 from kd_kernels.loss.plan import ID_STATS, STATS, Plan
-from kd_kernels.products import LinearSource, Source, TensorSource, flattened, rows_per_chunk, source, tensors_of, work_dtype
+from kd_kernels.products import (
+    LinearSource, SparseSource, TensorSource, flattened, rows_per_chunk, source, tensors_of, work_dtype,
+)
 
-ROW_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "cpp": cpp_impl}
-"""Modules with ``dense_rows`` and ``sparse_rows``, by backend."""
+ROW_IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
+"""By backend, the module with its ``dense_rows`` and ``sparse_rows``; imported when the backend first runs."""
+
+FP16_HEADROOM = 64.0
+"""A gradient tile in fp16 is written for rows of this weight: entries down to 1e-6 of a row then keep their precision, and the
+largest, a few units, stay far from 65,504."""
+
+
+def row_implementation(backend: str) -> ModuleType:
+    return importlib.import_module(f"kd_kernels.loss.{ROW_IMPLEMENTATIONS[backend]}")
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,69 +66,69 @@ class LinearGradient:
     is a tensor of its own, ``V H`` elements, beside the scratch budget.
     """
 
-    def __init__(self, products: LinearSource, needs_grad: tuple[bool, ...], chunks: int) -> None:
-        self.products, self.chunks = products, chunks
-        linear = products.linear
+    def __init__(self, products: LinearSource, needs_grad: tuple[bool, ...], chunks: int, weight_of_row: Tensor) -> None:
+        self.products, self.head = products, products.head
+        linear, new = products.linear, products.linear.weight.new_empty
         needs_hidden, needs_weight, needs_bias = (*needs_grad, False)[:3]
         dtype = gradient_dtype(linear.hidden.dtype)
         self.hidden = torch.zeros(linear.hidden.shape, dtype=dtype, device=linear.device) if needs_hidden else None
-        self.weight = torch.empty(linear.weight.shape, dtype=products.dtype, device=linear.device) if needs_weight else None
+        self.weight = new(linear.weight.shape, dtype=self.head.weight_total(chunks)) if needs_weight else None
         self.bias = torch.zeros(linear.weight.shape[0], dtype=products.dtype, device=linear.device) if needs_bias else None
         self.is_first = True
+        self.unit: Tensor | None = None
+        if self.head.tile_dtype == torch.float16 and weight_of_row.numel():
+            largest = weight_of_row.abs().amax()
+            self.unit = torch.where(largest > 0, largest / FP16_HEADROOM, 1.0)
+
+    def tile(self, raw: Tensor, begin: int, end: int) -> Tensor:
+        """Where the gradient of a chunk goes: into the memory of its logits, which nobody needs afterwards."""
+        return raw if self.head.tile_dtype == raw.dtype else raw.view(self.head.tile_dtype)[:, : raw.shape[1]]
 
     def add(self, gradient: Tensor, begin: int, end: int) -> None:
-        products = self.products
-        narrow = gradient.to(torch.bfloat16) if products.uses_bf16 else None
+        products, columns = self.products, gradient.shape[1]
         if self.hidden is not None:
             rows = slice(begin, end) if products.rows is None else products.rows[begin:end]
-            if narrow is not None:
-                self.hidden[rows] = (narrow @ products.weight.to(torch.bfloat16)).to(self.hidden.dtype)
-            elif not products.widens and self.hidden.dtype == products.dtype and products.rows is None:
-                torch.mm(gradient, products.weight, out=self.hidden[rows])
-            else:
-                total = gradient.new_zeros(end - begin, products.weight.shape[1])
-                for piece, weight in products.tiles():
-                    total.addmm_(gradient[:, piece], weight)
-                self.hidden[rows] = total.to(self.hidden.dtype)
+            out = self.hidden[rows] if products.rows is None else None
+            product = self.head.hidden_gradient(gradient, out)
+            if product is not out:
+                self.hidden[rows] = product.to(self.hidden.dtype)
         if self.weight is not None:
-            hidden = products.hidden(begin, end)
-            if narrow is not None and self.chunks == 1:
-                product = narrow.t() @ hidden.to(torch.bfloat16)
-                if products.linear.weight.dtype == torch.bfloat16:
-                    self.weight = torch.empty_like(products.linear.weight)
-                self.weight[: products.columns] = product
-            else:
-                used, hidden = self.weight[: products.columns], hidden.to(products.dtype)
-                if self.is_first:
-                    torch.mm(gradient.t(), hidden, out=used)
-                else:
-                    torch.addmm(used, gradient.t(), hidden, out=used)
+            self.head.add_weight_gradient(gradient, products.hidden(begin, end), self.weight[:columns], self.is_first)
         if self.bias is not None:
-            self.bias[: products.columns] += gradient.sum(0)
+            self.bias[:columns] += gradient.sum(0, dtype=self.bias.dtype)
         self.is_first = False
 
     def finish(self) -> list[Tensor]:
-        linear, done = self.products.linear, []
-        if self.hidden is not None:
-            done.append(self.hidden)
+        linear = self.products.linear
         if self.weight is not None:
             self.weight[0 if self.is_first else self.products.columns :] = 0
-            done.append(self.weight.to(gradient_dtype(linear.weight.dtype)))
-        if self.bias is not None:
-            done.append(self.bias.to(gradient_dtype(linear.bias.dtype)))
-        return done
+        totals = ((self.hidden, linear.hidden), (self.weight, linear.weight), (self.bias, linear.bias))
+        if self.unit is not None:
+            for total, _ in totals:
+                if total is not None:
+                    total *= self.unit
+        return [total.to(gradient_dtype(of.dtype)) for total, of in totals if total is not None]
 
 
 class TensorGradient:
-    """Gradient of logits that the caller has: the chunks' own, written down in the logits' dtype."""
+    """Gradient of logits that the caller has, in their dtype: written there at once where the row pass can, else by chunk."""
 
-    def __init__(self, products: TensorSource, shape: torch.Size, dtype: torch.dtype) -> None:
-        self.products = products
-        self.logits = torch.zeros(shape, dtype=dtype, device=products.logits.device)
+    def __init__(self, products: TensorSource, shape: torch.Size, dtype: torch.dtype, columns: int) -> None:
+        self.products, self.is_direct = products, not products.copies
+        self.unit = None
+        self.logits = torch.empty(shape, dtype=dtype, device=products.logits.device)
+        if products.rows is not None or not self.is_direct:
+            self.logits.zero_()
+        else:
+            self.logits[:, columns:] = 0
+
+    def tile(self, raw: Tensor, begin: int, end: int) -> Tensor:
+        return self.logits[begin:end, : raw.shape[1]] if self.is_direct else raw
 
     def add(self, gradient: Tensor, begin: int, end: int) -> None:
-        rows = slice(begin, end) if self.products.rows is None else self.products.rows[begin:end]
-        self.logits[rows, : gradient.shape[1]] = gradient.to(self.logits.dtype)
+        if not self.is_direct:
+            rows = slice(begin, end) if self.products.rows is None else self.products.rows[begin:end]
+            self.logits[rows, : gradient.shape[1]] = gradient.to(self.logits.dtype)
 
     def finish(self) -> list[Tensor]:
         return [self.logits]
@@ -167,11 +178,12 @@ def _run(
         _check.fail("kd_loss", "token_weight and normalizer", "such that every row's weight is finite", "NaN or inf")
 
     rows = None
-    if plan.compact:
-        candidates = weight if inputs.rows is None else weight[inputs.rows]
-        rows = candidates.nonzero()[:, 0] if inputs.rows is None else inputs.rows[candidates != 0]
-        if rows.shape[0] == count and inputs.rows is None:
-            rows = None
+    if plan.compact and inputs.rows is not None:
+        # On a GPU, which of the listed rows count stays unread: the others are masked.
+        rows = inputs.rows[weight[inputs.rows] != 0] if device.type == "cpu" else inputs.rows
+    elif plan.compact:
+        counting = weight.nonzero()[:, 0]
+        rows = counting if counting.shape[0] < count else None
     picked = lambda x: x if x is None or rows is None else x[rows]  # noqa: E731
     weight_of_row = picked(weight).contiguous()
     labels = picked(inputs.labels)
@@ -179,47 +191,44 @@ def _run(
     chosen = weight_of_row.shape[0]
 
     dtype = work_dtype(*tensors_of(student), *([teacher.logprobs] if is_sparse else tensors_of(teacher)))
-    options = dict(columns=columns, precision=plan.precision, autocast=plan.autocast_dtype)
-    student_rows = source(student, rows, dtype, writable=with_gradient, **options)
-    teacher_rows: Source | None = None
+    implementation = row_implementation(plan.backend)
+    # Rows that the pass works on in place, or whose place their gradient takes, are not the caller's own.
+    writable = is_sparse if implementation.NATIVE else with_gradient
+    options = dict(columns=columns, precision=plan.precision, autocast=plan.autocast_dtype, native=implementation.NATIVE)
+    student_rows = source(student, rows, dtype, writable=writable, **options)
     if is_sparse:
-        teacher = teacher if rows is None else teacher.select(rows)
         if device.type == "cpu":
             _check_offsets(teacher)
+        teacher_rows = SparseSource(teacher, rows, dtype)
+        row_pass = implementation.sparse_rows
     else:
         teacher_rows = source(flattened(teacher), rows, dtype, **options)
+        row_pass = implementation.dense_rows
 
-    implementation = ROW_IMPLEMENTATIONS[plan.backend]
-    sources = [s for s in (student_rows, teacher_rows) if s is not None]
-    bytes_per_row = sum(s.bytes_per_row for s in sources)
-    fixed_bytes = sum(s.fixed_bytes for s in sources)
-    if implementation is reference:
-        bytes_per_row += reference.BYTES_PER_LOGIT * columns * dtype.itemsize
-    else:
-        fixed_bytes += cpp_impl.thread_bytes(columns, dtype)
+    own_bytes_per_row, own_fixed_bytes = implementation.scratch(columns, dtype)
+    bytes_per_row = student_rows.bytes_per_row + teacher_rows.bytes_per_row + own_bytes_per_row
+    fixed_bytes = student_rows.fixed_bytes + teacher_rows.fixed_bytes + own_fixed_bytes
     step = rows_per_chunk("kd_loss", chosen, bytes_per_row, fixed_bytes, plan.max_scratch_bytes, device)
-    chunks = -(-chosen // step)
 
-    sink = None
-    if with_gradient:
-        if isinstance(student, LinearLogits):
-            sink = LinearGradient(student_rows, plan.needs_grad, chunks)  # type: ignore[arg-type]
-        else:
-            sink = TensorGradient(student_rows, student.shape, gradient_dtype(student.dtype))  # type: ignore[arg-type]
-    for each in sources:
-        each.open(step)
+    sink: LinearGradient | TensorGradient | None = None
+    if with_gradient and isinstance(student, LinearLogits):
+        sink = LinearGradient(student_rows, plan.needs_grad, -(-chosen // step), weight_of_row)  # type: ignore[arg-type]
+    elif with_gradient:
+        sink = TensorGradient(student_rows, student.shape, gradient_dtype(student.dtype), columns)  # type: ignore[arg-type]
+    for each in (student_rows, teacher_rows):
+        each.open(min(step, max(chosen, 1)))
     job, want_stats = plan.job(), bool(plan.stats)
+    row_scale = weight_of_row if sink is None or sink.unit is None else weight_of_row / sink.unit
     losses = torch.zeros(chosen, dtype=torch.float64, device=device)
     stats = torch.full((count, len(STATS)), torch.nan, dtype=torch.float64, device=device) if want_stats else None
     for begin in range(0, chosen, step):
         end = min(begin + step, chosen)
         here = student_rows.chunk(begin, end)
-        gradient = here.raw if with_gradient else None
-        shared = (job, None if labels is None else labels[begin:end], weight_of_row[begin:end], gradient, want_stats)
-        if teacher_rows is None:
-            loss, row_stats, status = implementation.sparse_rows(here, _slice(teacher, begin, end), *shared)
-        else:
-            loss, row_stats, status = implementation.dense_rows(here, teacher_rows.chunk(begin, end), *shared)
+        gradient = None if sink is None else sink.tile(here.raw, begin, end)
+        loss, row_stats, status = row_pass(
+            here, teacher_rows.chunk(begin, end), job, None if labels is None else labels[begin:end], row_scale[begin:end],
+            gradient, want_stats,
+        )
         if device.type == "cpu" and bool(status.any()):
             _complain(status, rows, begin, columns)
         losses[begin:end] = loss
@@ -243,16 +252,6 @@ def _no_targets(student: Targets) -> SparseTargets:
     empty = torch.empty(0, device=device)
     offsets = torch.zeros(count + 1, dtype=torch.int64, device=device)
     return SparseTargets(offsets, torch.empty(0, dtype=torch.int64, device=device), empty, importance=empty)
-
-
-def _slice(targets: SparseTargets, begin: int, end: int) -> SparseTargets:
-    """Consecutive rows; entries are viewed, not copied."""
-    first, last = targets.offsets[begin].item(), targets.offsets[end].item()
-    pick = lambda x, a, b: None if x is None else x[a:b]  # noqa: E731
-    return SparseTargets(
-        targets.offsets[begin : end + 1] - first, targets.ids[first:last], targets.logprobs[first:last],
-        pick(targets.tail_logprob, begin, end), pick(targets.importance, first, last),
-    )
 
 
 def _check_offsets(targets: SparseTargets) -> None:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from kd_kernels.divergences import torch_terms
-from kd_kernels.logits import SparseTargets
 from kd_kernels.loss.plan import STATS, RowJob, Rows
-from kd_kernels.products import RawRows
+from kd_kernels.products import RawRows, SparseRows
 
 BAD_STUDENT, BAD_TEACHER, BAD_LABEL, BAD_IDS, BAD_TAIL, BAD_IMPORTANCE = 1, 2, 4, 8, 16, 32
 """Bits of a row's status, as in csrc/cpu/row_loss.h."""
@@ -21,8 +20,16 @@ BAD_STUDENT, BAD_TEACHER, BAD_LABEL, BAD_IDS, BAD_TAIL, BAD_IMPORTANCE = 1, 2, 4
 MASS_TOLERANCE = 0.1
 """How far above 1 a sparse row's mass may be: a cache rounds log-probabilities; unnormalised scores miss by far more."""
 
-BYTES_PER_LOGIT = 10
-"""Temporaries of the size of a chunk that the row pass holds at once, beside its inputs, in logits."""
+COPIES = 10
+"""Temporaries of the size of a chunk that the row pass holds at once, beside its inputs."""
+
+NATIVE = False
+"""Whether logits are read in any dtype (else: in the work dtype alone)."""
+
+
+def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a row, and that any number of rows, takes beside the logits."""
+    return COPIES * columns * dtype.itemsize, 0
 
 
 def dense_rows(
@@ -60,26 +67,26 @@ def dense_rows(
 
 
 def sparse_rows(
-    student: RawRows, teacher: SparseTargets, job: RowJob, labels: Tensor | None, weight: Tensor, gradient: Tensor | None,
+    student: RawRows, teacher: SparseRows, job: RowJob, labels: Tensor | None, weight: Tensor, gradient: Tensor | None,
     want_stats: bool,
 ) -> Rows:
     """Rows of a teacher known at some ids. ``teacher.logprobs`` are at ``job.temperature`` already."""
     z = student.logits()
     logq = torch.log_softmax(z / job.temperature, 1)
-    row, ids, logp = teacher.row_of_entry(), teacher.ids.long(), teacher.logprobs.to(z.dtype)
+    row, ids, logp, importance = _entries(teacher)
     active = weight != 0
-    bucket = job.tail == "bucket" and teacher.importance is None
-    renormalize = job.tail == "renormalize" and teacher.importance is None
+    bucket = job.tail == "bucket" and importance is None
+    renormalize = job.tail == "renormalize" and importance is None
 
     per_row = lambda x: torch.zeros_like(weight).index_add_(0, row, x.double())  # noqa: E731
     outside = (ids < 0) | (ids >= z.shape[1])
     ids = ids.clamp(0, z.shape[1] - 1)
     kept = torch.zeros_like(z, dtype=torch.int32).index_put_((row, ids), torch.ones_like(ids, dtype=torch.int32), True)
     captured = per_row(logp.exp())
-    over_one = captured > 1 + MASS_TOLERANCE if teacher.importance is None else torch.zeros_like(active)
+    over_one = captured > 1 + MASS_TOLERANCE if importance is None else torch.zeros_like(active)
     status = BAD_STUDENT * _is_bad(logq) + BAD_IDS * ((kept.amax(1) > 1) | (per_row(outside) > 0))
-    if teacher.importance is not None:
-        usable = teacher.importance.isfinite() & (teacher.importance >= 0)
+    if importance is not None:
+        usable = importance.isfinite() & (importance >= 0)
         status = status + BAD_IMPORTANCE * (per_row(~usable) > 0)
     if bucket:
         status = status + BAD_TAIL * ~(teacher.tail_logprob <= 1e-4)
@@ -96,19 +103,19 @@ def sparse_rows(
         logq_event = logq_event - per_row(logq_event.exp()).log().to(z.dtype)[row]
     terms = torch_terms(job.divergence)
     f, g = terms(logp_event, logq_event)
-    if teacher.importance is not None:
-        f, g = f * teacher.importance.to(f.dtype), g * teacher.importance.to(f.dtype)
+    if importance is not None:
+        f, g = f * importance, g * importance
     divergence, total_g = per_row(f), per_row(g)
     logq_tail = torch.logsumexp(logq.masked_fill(kept > 0, -torch.inf), 1)
     if bucket:
-        f_tail, g_tail = terms(teacher.tail_logprob.to(z.dtype), logq_tail)
+        f_tail, g_tail = terms(teacher.tail_logprob, logq_tail)
         divergence, total_g = divergence + f_tail, total_g + g_tail
 
     logq_label_space = logq if job.temperature == 1.0 else torch.log_softmax(z, 1)
     label_logprob = _at_labels(logq_label_space, labels)
     stats = None
     if want_stats:
-        stats = _sparse_stats(teacher, row, ids, logp, logq, divergence, captured, label_logprob, labels)
+        stats = _sparse_stats(teacher.tail_logprob, row, ids, logp, logq, divergence, captured, label_logprob, labels)
     if gradient is not None:
         # What an id outside the kept set gets is proportional to its q: the tail's g spread over it, less its share of G.
         q, shared = logq.exp(), total_g.to(z.dtype)
@@ -122,16 +129,25 @@ def sparse_rows(
     return _loss(divergence, label_logprob, job, active), _masked(stats, active), status
 
 
+def _entries(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The chunk's own entries: the row of each, its id, its log-probability, its importance."""
+    counts = rows.ends - rows.starts
+    before = counts.cumsum(0) - counts
+    row = torch.repeat_interleave(counts)
+    entry = torch.arange(row.shape[0], device=row.device) + (rows.starts - before)[row]
+    return row, rows.ids[entry], rows.logprobs[entry], None if rows.importance is None else rows.importance[entry]
+
+
 def _sparse_stats(
-    teacher: SparseTargets, row: Tensor, ids: Tensor, logp: Tensor, logq: Tensor, divergence: Tensor, captured: Tensor,
+    tail_logprob: Tensor | None, row: Tensor, ids: Tensor, logp: Tensor, logq: Tensor, divergence: Tensor, captured: Tensor,
     label_logprob: Tensor, labels: Tensor | None,
 ) -> Tensor:
     """The teacher's entropy counts the tail as one event; its top-1 is the likeliest kept id, the lowest among equals."""
     count = divergence.shape[0]
     p_log_p = lambda x: torch.where(x > -torch.inf, x.exp() * x, 0.0).double()  # noqa: E731
     entropy = -torch.zeros_like(divergence).index_add_(0, row, p_log_p(logp))
-    if teacher.tail_logprob is not None:
-        entropy = entropy - p_log_p(teacher.tail_logprob)
+    if tail_logprob is not None:
+        entropy = entropy - p_log_p(tail_logprob)
     best = torch.full_like(divergence, -torch.inf).scatter_reduce_(0, row, logp.double(), "amax")
     never = logq.shape[1]
     is_best = logp.double() == best[row]

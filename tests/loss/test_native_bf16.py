@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import oracles
-from kd_kernels import LinearLogits, kd_loss, products
+from kd_kernels import LinearLogits, heads, kd_loss
 from kd_kernels.testing import linear_pair
 
 
@@ -20,7 +20,7 @@ def test_gradients_are_within_half_a_percent(monkeypatch, total_variation, chunk
     pair = linear_pair(48, 3000, 64, 96, torch.bfloat16, total_variation=total_variation)
     hidden, weight = pair.student_hidden.detach().requires_grad_(), pair.student_weight.detach().requires_grad_()
     teacher = LinearLogits(pair.teacher_hidden, pair.teacher_weight)
-    monkeypatch.setattr(products, "has_native_bf16_products", lambda: True)
+    monkeypatch.setattr(heads, "has_native_bf16_products", lambda: True)
     budget = None if chunks == 1 else 20 * 3000 * 4 * 2 + (1 << 21)
     kd_loss(LinearLogits(hidden, weight), teacher, "jsd(beta=0.5)", max_scratch_bytes=budget).loss.backward()
 

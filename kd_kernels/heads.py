@@ -1,0 +1,192 @@
+"""The three matrix products of a language-model head, on the device where it lives.
+
+With G the gradient of the loss with respect to the logits of a chunk of rows::
+
+    logits    = hidden @ weight.T        [C, V]
+    d hidden  = G @ weight               [C, H]
+    d weight += G.T @ hidden             [V, H], summed in fp32
+
+Logits are never rounded to bf16 or fp16, unless the caller names that (``precision="input"``): the gradient of a
+divergence is a difference p - q, which rounding the logits makes wrong by 3 to 30 percent as the student gets good.
+G itself may be rounded: its error stays relative to G.
+
+On a GPU the products of half-precision operands are written in fp32 (``out_dtype``). torch's CPU products cannot do that,
+so there half-precision weights are widened tile by tile and multiplied in fp32; a bf16 input is exact in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from kd_kernels.logits import LinearLogits
+
+WEIGHT_TILE_BYTES = 8 << 20
+"""Widened rows of a half-precision weight held at a time: enough columns for the product to run at full speed."""
+
+
+@functools.lru_cache(maxsize=1)
+def has_native_bf16_products() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware; without, torch's bf16 product is slower than fp32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+class Head(ABC):
+    """The products of one head.
+
+    Args:
+        linear: the noun, ``hidden`` of shape ``[N, H]``.
+        dtype: work dtype: fp32, or fp64 where an input is fp64.
+        columns: only the first so many rows of ``weight`` exist.
+        precision: "float32", or "input" to round the logits to the dtype of the inputs.
+        autocast: the dtype that autocast wants the inputs rounded to, or None.
+
+    Attributes:
+        tile_dtype: in which the gradient of a chunk of logits is wanted.
+        fixed_bytes: scratch beside that of the rows.
+    """
+
+    tile_dtype: torch.dtype
+    fixed_bytes: int = 0
+
+    def __init__(
+        self, linear: LinearLogits, dtype: torch.dtype, columns: int, precision: str, autocast: torch.dtype | None
+    ) -> None:
+        self.dtype, self.columns, self.precision = dtype, columns, precision
+        self.autocast = None if dtype == torch.float64 else autocast
+        self.weight = linear.weight[:columns]
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """As autocast wants it."""
+        return x if self.autocast is None else x.to(self.autocast)
+
+    @abstractmethod
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """``hidden @ weight.T`` into ``out``, ``[C, V]`` in the work dtype; ``hidden`` is :meth:`rounded`."""
+
+    @abstractmethod
+    def hidden_gradient(self, gradient: Tensor, out: Tensor | None) -> Tensor:
+        """``gradient @ weight``, into ``out`` if its dtype is one that the product can write, else into a new tensor."""
+
+    @abstractmethod
+    def weight_total(self, chunks: int) -> torch.dtype:
+        """The dtype in which the gradient of the weight is to be summed."""
+
+    @abstractmethod
+    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, total: Tensor, is_first: bool) -> None:
+        """``total += gradient.T @ hidden``; where it ``is_first``, ``total`` is memory that nothing was written to."""
+
+
+class CpuHead(Head):
+    """Widened tiles in fp32; gradient products in bf16 where the processor has them and the inputs are bf16."""
+
+    def __init__(
+        self, linear: LinearLogits, dtype: torch.dtype, columns: int, precision: str, autocast: torch.dtype | None
+    ) -> None:
+        super().__init__(linear, dtype, columns, precision, autocast)
+        self.tile_dtype = dtype
+        width = self.weight.shape[1]
+        self.widens = self.weight.dtype != dtype or self.autocast is not None
+        self.tile = max(64, WEIGHT_TILE_BYTES // (width * dtype.itemsize)) if self.widens else columns
+        self.fixed_bytes = min(self.tile, columns) * width * dtype.itemsize if self.widens else 0
+        inputs = {self.weight.dtype, linear.hidden.dtype} if self.autocast is None else {self.autocast}
+        self.uses_bf16 = inputs == {torch.bfloat16} and has_native_bf16_products()
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of the weight, in the work dtype, that cover its columns."""
+        for begin in range(0, self.columns, self.tile):
+            piece = slice(begin, min(begin + self.tile, self.columns))
+            yield piece, self.rounded(self.weight[piece]).to(self.dtype)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        if self.precision == "input":
+            low = self.weight.dtype if self.autocast is None else self.autocast
+            out.copy_(hidden.to(low) @ self.rounded(self.weight).t())
+            return
+        hidden = hidden.to(self.dtype)
+        for piece, weight in self._tiles():
+            torch.mm(hidden, weight.t(), out=out[:, piece])
+
+    def hidden_gradient(self, gradient: Tensor, out: Tensor | None) -> Tensor:
+        if self.uses_bf16:
+            return gradient.to(torch.bfloat16) @ self.weight.to(torch.bfloat16)
+        if not self.widens and out is not None and out.dtype == self.dtype:
+            return torch.mm(gradient, self.weight, out=out)
+        total = gradient.new_zeros(gradient.shape[0], self.weight.shape[1])
+        for piece, weight in self._tiles():
+            total.addmm_(gradient[:, piece], weight)
+        return total
+
+    def weight_total(self, chunks: int) -> torch.dtype:
+        return torch.bfloat16 if self.uses_bf16 and chunks == 1 else self.dtype
+
+    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, total: Tensor, is_first: bool) -> None:
+        if total.dtype == torch.bfloat16:
+            total.copy_(gradient.to(torch.bfloat16).t() @ hidden.to(torch.bfloat16))
+        elif is_first:
+            torch.mm(gradient.t(), hidden.to(self.dtype), out=total)
+        else:
+            torch.addmm(total, gradient.t(), hidden.to(self.dtype), out=total)
+
+
+class GpuHead(Head):
+    """Products on the matrix units: half-precision operands, fp32 sums, and fp32 results where they are logits or sums.
+
+    Operands of two dtypes meet in the wider one; a weight that must be rounded or widened for that is held in the new
+    dtype for the length of the call (``fixed_bytes``).
+    """
+
+    def __init__(
+        self, linear: LinearLogits, dtype: torch.dtype, columns: int, precision: str, autocast: torch.dtype | None
+    ) -> None:
+        super().__init__(linear, dtype, columns, precision, autocast)
+        self.operand = self.autocast or torch.promote_types(linear.hidden.dtype, self.weight.dtype)
+        if dtype == torch.float64:
+            self.operand = dtype
+        if self.weight.dtype != self.operand:
+            self.fixed_bytes = self.weight.numel() * self.operand.itemsize
+            self.weight = self.weight.to(self.operand)
+        self.tile_dtype = self.operand
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        hidden = hidden.to(self.operand)
+        if self.precision == "input":
+            out.copy_(hidden @ self.weight.t())
+        else:
+            product_into(out, hidden, self.weight.t())
+
+    def hidden_gradient(self, gradient: Tensor, out: Tensor | None) -> Tensor:
+        if out is None or out.dtype not in (self.operand, torch.float32):
+            out = gradient.new_empty(gradient.shape[0], self.weight.shape[1])
+        product_into(out, gradient, self.weight)
+        return out
+
+    def weight_total(self, chunks: int) -> torch.dtype:
+        # A single product is rounded once, as any is; fp16 has no room before its loss scale is applied.
+        return torch.bfloat16 if chunks == 1 and self.operand == torch.bfloat16 else self.dtype
+
+    def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, total: Tensor, is_first: bool) -> None:
+        product_into(total, gradient.t(), hidden.to(self.operand), adds=not is_first)
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor, adds: bool = False) -> None:
+    """``out = left @ right`` or ``out += left @ right`` on a GPU, where ``out`` has the operands' dtype or is fp32."""
+    if out.dtype == left.dtype:
+        torch.addmm(out, left, right, out=out) if adds else torch.mm(left, right, out=out)
+    elif adds:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def head(
+    linear: LinearLogits, dtype: torch.dtype, columns: int, precision: str = "float32", autocast: torch.dtype | None = None
+) -> Head:
+    """The head of a noun, for the device that it is on."""
+    kind = CpuHead if linear.device.type == "cpu" else GpuHead
+    return kind(linear, dtype, columns, precision, autocast)
