@@ -17,13 +17,17 @@ from torch import Tensor
 
 from bench import truth
 from bench.inputs import Inputs, Shape
+from bench.truth import Verdict
 from kd_kernels import LinearLogits, SparseTargets, kd_loss, topk_targets
 
 DTYPES = (torch.float32, torch.bfloat16)
-BACKENDS = ("cpp", "reference")
+BACKENDS = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
+"""By device; the first is the one that the library picks there."""
 
 Result = dict[str, Tensor]
 """What a call gives back, by name: ``loss``, and the gradients ``student_hidden`` and ``student_weight``."""
+
+Call = Callable[[], Result]
 
 REFUSED_ABOVE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 """Relative L2 error against float64 above which nothing is timed, by the inputs' dtype. Rounding to bf16 is 1.7e-3."""
@@ -53,6 +57,8 @@ PRODUCTS = {
 }
 """``[N, V]`` operands are not counted as bytes: an op need not write logits to memory, and ours does not."""
 
+GRADIENTS = ("hidden_gradient", "weight_gradient")
+
 
 class BareProducts:
     """The floor: the named products one after the other, one call each, as ``torch.mm`` gives them (a new result each).
@@ -61,74 +67,106 @@ class BareProducts:
     """
 
     def __init__(self, inputs: Inputs, names: tuple[str, ...], reuse: bool = False) -> None:
-        self.reuse = reuse
         student_hidden, student_weight, teacher_hidden, teacher_weight = (x.detach() for x in inputs.tensors)
-        logits = student_hidden.new_empty(inputs.shape.rows, inputs.shape.vocab)
-        teacher_logits = torch.empty_like(logits) if "teacher_logits" in names else logits
         operands = {
-            "student_logits": (student_hidden, student_weight.t(), logits),
-            "teacher_logits": (teacher_hidden, teacher_weight.t(), teacher_logits),
-            # The logits stand in for their gradient: same shape, same dtype.
-            "hidden_gradient": (logits, student_weight, torch.empty_like(student_hidden)),
-            "weight_gradient": (logits.t(), student_hidden, torch.empty_like(student_weight)),
+            "student_logits": lambda: (student_hidden, student_weight.t()),
+            "teacher_logits": lambda: (teacher_hidden, teacher_weight.t()),
+            "hidden_gradient": lambda: (stand_in, student_weight),
+            "weight_gradient": lambda: (stand_in.t(), student_hidden),
         }
-        self.products = [operands[name] for name in names]
+        # The logits stand in for their gradient. They are real ones: hardware multiplies zeros faster, denormals slower.
+        stand_in = student_hidden @ student_weight.t() if set(names) & set(GRADIENTS) else None
+        self.products = [operands[name]() for name in names]
+        self.results = [torch.mm(left, right) for left, right in self.products] if reuse else None
 
     def __call__(self) -> None:
-        for left, right, out in self.products:
-            if self.reuse:
-                torch.mm(left, right, out=out)
-            else:
+        for i, (left, right) in enumerate(self.products):
+            if self.results is None:
                 torch.mm(left, right)
+            else:
+                torch.mm(left, right, out=self.results[i])
 
 
 # ----------------------------------------------------------------------------------------------------------------- ops
 
 
-def _kd_loss(
-    inputs: Inputs, teacher: LinearLogits | SparseTargets, mode: str, divergence: str, options: dict[str, object]
-) -> Result:
+def _loss_call(
+    inputs: Inputs, teacher: LinearLogits | SparseTargets | None, mode: str, *divergence: str, **options: object
+) -> Call:
+    """``kd_loss`` in one of :data:`LOSS_MODES`; what is not timed has run when this returns."""
     student = LinearLogits(inputs.student_hidden, inputs.student_weight)
-    inputs.clear_gradients()
+    reduction = "none" if mode in ("per_token", "backward") else "mean"
+
+    def loss() -> Tensor:
+        inputs.clear_gradients()
+        return kd_loss(student, teacher, *divergence, reduction=reduction, **options).loss.mean()
+
+    def backward(of: Tensor) -> Result:
+        of.backward()
+        return inputs.result(of)
+
     if mode == "loss":
-        with torch.no_grad():
-            return {"loss": kd_loss(student, teacher, divergence, **options).loss}
-    if mode == "gradient":
-        loss = kd_loss(student, teacher, divergence, **options).loss
-    else:
-        loss = kd_loss(student, teacher, divergence, reduction="none", **options).loss.mean()
-    loss.backward()
-    return inputs.result(loss)
+        return lambda: {"loss": torch.no_grad()(loss)()}
+    if mode == "backward":
+        made = loss()
+        return lambda: backward(made)
+    return lambda: backward(loss())
 
 
-def dense(inputs: Inputs, mode: str = "gradient", divergence: str = "jsd(beta=0.5)", **options: object) -> Result:
+def dense(inputs: Inputs, mode: str = "gradient", divergence: str = "jsd(beta=0.5)", **options: object) -> Call:
     """``kd_loss`` against the teacher's head."""
-    return _kd_loss(inputs, LinearLogits(inputs.teacher_hidden, inputs.teacher_weight), mode, divergence, options)
+    teacher = LinearLogits(inputs.teacher_hidden, inputs.teacher_weight)
+    return _loss_call(inputs, teacher, mode, divergence, **options)
 
 
-def sparse(inputs: Inputs, mode: str = "gradient", divergence: str = "forward_kl", **options: object) -> Result:
+def sparse(inputs: Inputs, mode: str = "gradient", divergence: str = "forward_kl", **options: object) -> Call:
     """``kd_loss`` against the teacher's k most likely ids and one event for the rest."""
-    return _kd_loss(inputs, inputs.targets, mode, divergence, options)
+    return _loss_call(inputs, inputs.targets, mode, divergence, **options)
 
 
-def topk(inputs: Inputs, mode: str = "targets", **options: object) -> Result:
+def cross_entropy(inputs: Inputs, mode: str = "gradient", **options: object) -> Call:
+    """``kd_loss`` of labels, without a teacher."""
+    return _loss_call(inputs, None, mode, labels=inputs.labels, ce_weight=1.0, kd_weight=0.0, **options)
+
+
+def topk(inputs: Inputs, mode: str = "targets", **options: object) -> Call:
     """``topk_targets`` of the teacher's head."""
     head = LinearLogits(inputs.teacher_hidden, inputs.teacher_weight)
-    targets = topk_targets(head, inputs.shape.kept, **options)
-    return {"ids": targets.ids, "logprobs": targets.logprobs, "tail_logprob": targets.tail_logprob}
+
+    def call() -> Result:
+        targets = topk_targets(head, inputs.shape.kept, **options)
+        return {"ids": targets.ids, "logprobs": targets.logprobs, "tail_logprob": targets.tail_logprob}
+
+    return call
 
 
-def _dense_errors(inputs: Inputs, result: Result, divergence: str = "jsd(beta=0.5)") -> dict[str, float]:
-    return truth.relative_errors(result, truth.dense(inputs, divergence))
+def _judge_dense(inputs: Inputs, result: Result, divergence: str = "jsd(beta=0.5)") -> Verdict:
+    return truth.judge_loss(inputs, result, truth.dense, divergence=divergence)
 
 
-def _sparse_errors(inputs: Inputs, result: Result, divergence: str = "forward_kl") -> dict[str, float]:
-    return truth.relative_errors(result, truth.sparse(inputs, divergence))
+def _judge_sparse(inputs: Inputs, result: Result, divergence: str = "forward_kl") -> Verdict:
+    return truth.judge_loss(inputs, result, truth.sparse, divergence=divergence)
+
+
+def _judge_cross_entropy(inputs: Inputs, result: Result) -> Verdict:
+    return truth.judge_loss(inputs, result, truth.cross_entropy)
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
 
-GRADIENTS = ("hidden_gradient", "weight_gradient")
+
+def _loss_modes(*forward: str) -> dict[str, tuple[str, ...]]:
+    """Products by mode. "loss": no gradient. "gradient": mean reduction, forward and backward. "per_token": reduction
+    "none", whose backward computes the logits once more; its floor is that of "gradient", so the ratio shows what the
+    second pass costs. "backward": that backward alone.
+    """
+    both = (*forward, *GRADIENTS)
+    return {"loss": forward, "gradient": both, "per_token": both, "backward": GRADIENTS}
+
+
+def _entry_bytes(shape: Shape) -> int:
+    """Of sparse targets: an id of 8 and a logprob of 4 bytes an entry; an offset of 8 and a tail of 4 bytes a row."""
+    return 12 * shape.rows * shape.kept + 12 * shape.rows
 
 
 @dataclass(frozen=True)
@@ -136,18 +174,19 @@ class Case:
     """One op.
 
     Attributes:
-        run: ``(inputs, mode, **options) -> Result``.
-        products: by mode, the products that it cannot avoid. "loss": no gradient. "gradient": mean reduction, forward
-            and backward. "per_token": reduction "none", whose backward computes the logits once more; its floor is that
-            of "gradient", so the ratio shows what the second pass costs.
-        errors: ``(inputs, result) -> {name: relative error against float64}``.
-        entry_bytes: bytes of sparse targets that are read or written, as a function of the shape.
+        prepare: ``(inputs, mode, **options) -> call``; what is timed is ``call() -> Result``, and a call is made once
+            for mode "backward", any number of times for the others.
+        products: by mode, the products that it cannot avoid.
+        judge: ``(inputs, result, **options) -> Verdict``.
+        shapes: by device, the shape of its pytest-benchmark rows.
+        entry_bytes: bytes that are read or written beside hidden states, weights and gradients.
     """
 
     name: str
-    run: Callable[..., Result]
+    prepare: Callable[..., Call]
     products: dict[str, tuple[str, ...]]
-    errors: Callable[..., dict[str, float]]
+    judge: Callable[..., Verdict]
+    shapes: dict[str, Shape]
     entry_bytes: Callable[[Shape], int] = field(default=lambda shape: 0)
 
     def flops(self, mode: str, shape: Shape) -> int:
@@ -155,7 +194,7 @@ class Case:
         return sum(2 * shape.rows * getattr(shape, PRODUCTS[p].width) * shape.vocab for p in self.products[mode])
 
     def bytes(self, mode: str, shape: Shape, dtype: torch.dtype) -> int:
-        """``N H`` and ``V H`` elements read once; their gradients, written once; the entries of sparse targets."""
+        """``N H`` and ``V H`` elements read once; their gradients, written once; what :attr:`entry_bytes` adds."""
         chosen = [PRODUCTS[p] for p in self.products[mode]]
         reads, writes = {x for p in chosen for x in p.reads}, {x for p in chosen for x in p.writes}
         return sum(shape.elements(x) for x in (*reads, *writes)) * dtype.itemsize + self.entry_bytes(shape)
@@ -163,46 +202,34 @@ class Case:
     def floor(self, mode: str, inputs: Inputs, reuse: bool = False) -> BareProducts:
         return BareProducts(inputs, self.products[mode], reuse)
 
-    def verify(self, inputs: Inputs, result: Result, **options: str) -> dict[str, float]:
-        """The errors of a result.
+    def verify(self, inputs: Inputs, result: Result, **options: str) -> Verdict:
+        """The verdict on a result.
 
         Raises:
-            WrongResult: one is above :data:`REFUSED_ABOVE`.
+            WrongResult: an error is above :data:`REFUSED_ABOVE`.
         """
-        errors = self.errors(inputs, result, **options)
+        verdict = self.judge(inputs, result, **options)
         limit = REFUSED_ABOVE[inputs.dtype]
-        wrong = {name: error for name, error in errors.items() if not error <= limit}
+        wrong = {name: error for name, error in verdict.errors.items() if not error <= limit}
         if wrong:
             raise WrongResult(f"{self.name} {options} in {inputs.dtype}: errors {wrong}, allowed {limit}; not timed")
-        return errors
+        return verdict
 
+
+HEADS = {"cpu": Shape(256, 32768, 256, 512), "cuda": Shape(4096, 131072, 1024, 2048)}
+TEACHER_HEAD = {"cpu": Shape(256, 49152, 8, 576), "cuda": Shape(4096, 131072, 8, 2048)}
 
 CASES = {
     case.name: case
     for case in (
+        Case("kd_loss_dense", dense, _loss_modes("student_logits", "teacher_logits"), _judge_dense, HEADS),
+        Case("kd_loss_sparse", sparse, _loss_modes("student_logits"), _judge_sparse, HEADS, _entry_bytes),
         Case(
-            "kd_loss_dense", dense,
-            {
-                "loss": ("student_logits", "teacher_logits"),
-                "gradient": ("student_logits", "teacher_logits", *GRADIENTS),
-                "per_token": ("student_logits", "teacher_logits", *GRADIENTS),
-            },
-            _dense_errors,
+            "cross_entropy", cross_entropy, _loss_modes("student_logits"), _judge_cross_entropy, HEADS,
+            lambda shape: 8 * shape.rows,
         ),
         Case(
-            "kd_loss_sparse", sparse,
-            {
-                "loss": ("student_logits",),
-                "gradient": ("student_logits", *GRADIENTS),
-                "per_token": ("student_logits", *GRADIENTS),
-            },
-            _sparse_errors,
-            # An id of 8 and a logprob of 4 bytes an entry; an offset of 8 and a tail of 4 bytes a row.
-            lambda shape: 12 * shape.rows * shape.kept + 12 * shape.rows,
-        ),
-        Case(
-            "topk_targets", topk, {"targets": ("teacher_logits",)}, truth.topk_errors,
-            lambda shape: 12 * shape.rows * shape.kept + 12 * shape.rows,
+            "topk_targets", topk, {"targets": ("teacher_logits",)}, truth.judge_topk, TEACHER_HEAD, _entry_bytes
         ),
     )
 }

@@ -33,9 +33,7 @@ class Shape:
     kept: int = 64
 
     def elements(self, name: str) -> int:
-        """Of a tensor of :class:`Inputs`: ``N H`` of hidden states, ``V H`` of a weight, N labels."""
-        if name == "labels":
-            return self.rows
+        """Of a tensor of :class:`Inputs`: ``N H`` of hidden states, ``V H`` of a weight."""
         side, kind = name.split("_")
         return (self.rows if kind == "hidden" else self.vocab) * getattr(self, f"{side}_hidden")
 
@@ -72,7 +70,8 @@ class Inputs:
         return self._remade(self.shape, *(x.detach().to(dtype) for x in self.tensors))
 
     def first(self, rows: int) -> Inputs:
-        """The first rows alone, with the same heads."""
+        """The first rows alone (all, where there are fewer), with the same heads."""
+        rows = min(rows, self.shape.rows)
         student_hidden, student_weight, teacher_hidden, teacher_weight = (x.detach() for x in self.tensors)
         shape = dataclasses.replace(self.shape, rows=rows)
         return self._remade(shape, student_hidden[:rows], student_weight, teacher_hidden[:rows], teacher_weight)

@@ -1,12 +1,12 @@
-"""Peak memory of one loss with its gradients, measured in a process of its own.
+"""Peak memory of one call, less the gradients that it was asked for.
 
-``python -m bench.memory '{"contender": ..., "shape": {...}, ...}'`` prints one line of JSON; :func:`measure` calls it.
-
-Method: the inputs are built, the loss runs once on 64 rows (its result is compared with float64, and code and thread
-pools are loaded), what that freed is handed back to the system (``malloc_trim``). Then the kernel's high-water mark of
-resident memory is reset (``5`` into ``/proc/self/clear_refs``), resident memory is read (VmRSS), the loss and its
-backward run on all rows, and the mark is read (VmHWM). The difference, less the gradients that the caller asked for, is
-the scratch. Linux only. A limit on the process's memory turns what does not fit into an error instead of swapping.
+On a GPU torch's allocator knows. On a CPU a process of its own measures: ``python -m bench.memory '{...}'`` prints a
+line of JSON for every shape; :func:`measure` calls it. Method: the inputs are built, the call runs once on 64 rows (its result is
+compared with float64, and code and thread pools are loaded), what that freed is handed back to the system
+(``malloc_trim``). Then the kernel's high-water mark of resident memory is reset (``5`` into ``/proc/self/clear_refs``),
+resident memory is read (VmRSS), the call runs on all rows, and the mark is read (VmHWM). The difference, less the
+gradients, is the scratch. Linux only. A limit on the process's memory turns what does not fit into an error instead of
+swapping.
 """
 
 from __future__ import annotations
@@ -22,13 +22,40 @@ from pathlib import Path
 
 import torch
 
-from bench import contenders, inputs, truth
-from bench.cases import CASES
+from bench import contenders, inputs
+from bench.cases import CASES, Call
+from bench.devices import CUDA
 from bench.inputs import Inputs, Shape
 
 WARM_UP_ROWS = 64
 RESERVED_BYTES = 2 << 30
 """Left to the rest of the machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One contender, on one shape after another."""
+
+    case: str
+    contender: str
+    divergence: str | None
+    dtype: str
+    shapes: tuple[Shape, ...]
+    budgets: tuple[int | None, ...]
+    """As many as shapes: the bound on the scratch of ours."""
+
+
+def _scratch(peak: dict[str, int], made: Inputs) -> dict[str, int]:
+    """A peak with the gradients in it told apart."""
+    grown = (x.grad for x in (made.student_hidden, made.student_weight))
+    gradients = sum(x.nbytes for x in grown if x is not None)
+    return peak | {"gradient_bytes": gradients, "scratch_bytes": peak["peak_bytes"] - gradients}
+
+
+def on_gpu(device: CUDA, call: Call, made: Inputs) -> dict[str, int]:
+    """Bytes: ``peak`` above the level before the call, ``gradients`` of it, the rest, ``scratch``, and ``reserved``."""
+    made.clear_gradients()
+    return _scratch(device.peak(call), made)
 
 
 def _field(path: str, name: str) -> int:
@@ -37,57 +64,60 @@ def _field(path: str, name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak(contender: str, divergence: str, dtype: str, shape: Shape, max_scratch_bytes: int) -> dict[str, int]:
-    """Bytes: ``peak`` above the level before the call, ``gradients`` of it, and the rest, ``scratch``."""
-    available = _field("/proc/meminfo", "MemAvailable") - RESERVED_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (available, available))
-    made = inputs.build(shape, getattr(torch, dtype), repeat_rows=True)
-
-    def run_on(given: Inputs) -> contenders.Run:
-        if contender == "kd_kernels":
-            return contenders.ours_dense(given, divergence, max_scratch_bytes=max_scratch_bytes)
-        return contenders.DENSE[contender](given, divergence)
-
+def _peak(asked: Request, shape: Shape, budget: int | None) -> dict[str, int]:
+    """Of one call in this process."""
+    made = inputs.build(shape, getattr(torch, asked.dtype))
+    call_on = lambda given: contenders.prepare(  # noqa: E731
+        asked.case, asked.contender, given, asked.divergence, budget
+    )
     few = made.first(WARM_UP_ROWS)
-    result = run_on(few)()
-    if contender == "kd_kernels":
-        CASES["kd_loss_dense"].verify(few, result, divergence=divergence)
-    truth.dense.cache_clear()
-    run = run_on(made)
+    result = call_on(few)()
+    if asked.contender == contenders.OURS:
+        named = {} if asked.divergence is None else {"divergence": asked.divergence}
+        CASES[asked.case].verify(few, result, **named)
+    call = call_on(made)
     del few, result
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
     Path("/proc/self/clear_refs").write_text("5")
     before = _field("/proc/self/status", "VmRSS")
-    run()
-    above = _field("/proc/self/status", "VmHWM") - before
-    gradients = sum(x.grad.nbytes for x in (made.student_hidden, made.student_weight))
-    return {"peak_bytes": above, "gradient_bytes": gradients, "scratch_bytes": above - gradients}
+    call()
+    return _scratch({"peak_bytes": _field("/proc/self/status", "VmHWM") - before}, made)
 
 
-def measure(contender: str, divergence: str, dtype: str, shape: Shape, max_scratch_bytes: int) -> dict[str, object]:
-    """:func:`peak` in a fresh process; ``{"skipped": reason}`` if it cannot run here.
+def _answer(asked: Request) -> None:
+    available = _field("/proc/meminfo", "MemAvailable") - RESERVED_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+    for shape, budget in zip(asked.shapes, asked.budgets, strict=True):
+        print(json.dumps(_peak(asked, shape, budget)), flush=True)
+
+
+def measure(asked: Request) -> list[dict[str, object]]:
+    """Bytes for every shape, in a fresh process; ``{"skipped": reason}`` from where on it cannot run here.
 
     Raises:
-        RuntimeError: this library's own loss failed.
+        RuntimeError: this library's own call failed.
     """
-    request = {
-        "contender": contender, "divergence": divergence, "dtype": dtype, "shape": dataclasses.asdict(shape),
-        "max_scratch_bytes": max_scratch_bytes,
-    }
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", json.dumps(request)], capture_output=True, text=True,
+        [sys.executable, "-m", "bench.memory", json.dumps(dataclasses.asdict(asked))], capture_output=True, text=True,
         cwd=Path(__file__).resolve().parent.parent,
     )
+    measured = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"peak_bytes"')]
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        return measured
     reason = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]
-    if contender == "kd_kernels":
+    if asked.contender == contenders.OURS:
         raise RuntimeError(f"bench.memory: {reason}")
-    return {"skipped": reason}
+    skipped = {"skipped": reason.removeprefix("bench.peers.Unavailable: ")}
+    return measured + [skipped] * (len(asked.shapes) - len(measured))
+
+
+def _parsed(text: str) -> Request:
+    fields = json.loads(text)
+    shapes = tuple(Shape(**shape) for shape in fields["shapes"])
+    return Request(**fields | {"shapes": shapes, "budgets": tuple(fields["budgets"])})
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(json.dumps(peak(**asked | {"shape": Shape(**asked["shape"])})))
+    _answer(_parsed(sys.argv[1]))

@@ -7,45 +7,43 @@ import statistics
 import time
 from typing import Callable, Mapping
 
-MIN_ROUNDS = 3
+from bench.devices import Device
 
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """Wall-clock time of one call; its result is dropped after the clock has stopped."""
-    begin = time.perf_counter()
-    result = run()
-    elapsed = time.perf_counter() - begin
-    del result
-    return 1e3 * elapsed
+MIN_ROUNDS, MAX_ROUNDS = 3, 40
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], *, seconds: float, max_rounds: int = 40,
+    calls: Mapping[str, Callable[[], object]], device: Device, *, seconds: float,
     before_each: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Milliseconds by contender, one a round. The first call of each, which warms it up, is not among them.
+    """Milliseconds by name, one a round. Warm-up calls (see :class:`Device`) are not among them.
 
-    Rounds go on for ``seconds``, but for at least three and at most ``max_rounds``. ``before_each`` is not timed.
+    Rounds go on for ``seconds``, but for at least three and at most forty. ``before_each`` is not timed.
     """
-    names = list(contenders)
-    for name in names:
-        before_each()
-        contenders[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
+    names = list(calls)
+
+    def round_from(first: int) -> dict[str, float]:
+        times = {}
+        for name in (*names[first:], *names[:first]):
+            before_each()
+            times[name] = device.milliseconds(calls[name])
+        return times
+
+    end = time.perf_counter() + seconds / 5
+    for warm_up in range(device.warm_ups):
+        if warm_up and time.perf_counter() > end:
+            break
+        round_from(0)
+    rounds: list[dict[str, float]] = []
     gc.collect()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
-        for round_ in range(max_rounds):
-            if round_ >= MIN_ROUNDS and time.perf_counter() > end:
-                break
-            first = round_ % len(names)
-            for name in (*names[first:], *names[:first]):
-                before_each()
-                times[name].append(milliseconds(contenders[name]))
+        while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() < end):
+            rounds.append(round_from(len(rounds) % len(names)))
     finally:
         gc.enable()
-    return times
+    return {name: [times[name] for times in rounds] for name in names}
 
 
 def summary(times: list[float]) -> dict[str, float]:

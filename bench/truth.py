@@ -130,5 +130,6 @@ def judge_topk(inputs: Inputs, result: dict[str, Tensor]) -> Verdict:
             "logprobs": logprobs[rows] - at_ids, "missed": best - at_ids,
             "tail_logprob": result["tail_logprob"][rows] - tail,
         }
-        errors = {name: max(errors[name], gap.abs().max().item()) for name, gap in gaps.items()}
+        worst = {name: gap.abs().nan_to_num(nan=torch.inf).max().item() for name, gap in gaps.items()}
+        errors = {name: max(errors[name], worst[name]) for name in errors}
     return Verdict(errors)

@@ -151,6 +151,7 @@ class Divergence:
         symmetric: D(p, q) = D(q, p).
         bound: the largest value that it can take, in nats, or None.
         paper: where it comes from.
+        total_g: G = sum g where it is the same for every pair of distributions, else None. It spares a walk over the row.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Divergence:
     symmetric: bool = False
     bound: float | None = None
     paper: str = ""
+    total_g: float | None = None
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -186,7 +188,7 @@ def _number(where: str, argument: str, value: object, requirement: str, holds: C
 
 def forward_kl() -> Divergence:
     """``KL(p || q) = sum p log(p / q)``. Mass-covering. Hinton et al. 2015, arXiv 1503.02531."""
-    return Divergence("forward_kl", _forward_kl, paper="Hinton et al. 2015, arXiv 1503.02531")
+    return Divergence("forward_kl", _forward_kl, paper="Hinton et al. 2015, arXiv 1503.02531", total_g=-1.0)
 
 
 def reverse_kl() -> Divergence:

@@ -61,7 +61,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"DID NOT RUN: {count} x {reason}")
 
 
-@pytest.fixture(params=["reference", "cpp"])
+@pytest.fixture(params=["reference", "cpp", pytest.param("triton", marks=pytest.mark.interpret)])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on this machine's CPU. A missing extension is an error, never a skip."""
     return request.param

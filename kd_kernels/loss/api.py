@@ -185,6 +185,8 @@ def kd_loss(
 
     student_tensors, student_description = pack(student_noun)
     teacher_tensors, teacher_description = pack(teacher)
+    if backend == "triton":
+        _backend.check_triton_takes(WHERE, columns, *student_tensors, *teacher_tensors)
     teacher_tensors = [t.detach() for t in teacher_tensors]
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     plan = Plan(

@@ -1,0 +1,44 @@
+"""Launch numbers of the Triton row kernels: a pure function of the row and the device, never tuned on N.
+
+Not yet measured on a GPU. What they follow from: four fp32 logits a thread and block are one 16-byte load from each model, and the
+several fp32 sums that a lane keeps for each of them stay below 64 registers, so that two programs of 512 threads share a
+multiprocessor: 32 KB of loads in flight, where its share of the memory's bandwidth times its latency is about 25 KB.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``block`` columns at a time by ``num_warps`` warps."""
+
+    block: int
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=None)
+def lanes_per_warp() -> int:
+    """32, or what an AMD GPU says of itself."""
+    if torch.version.hip is None or not torch.cuda.is_available():
+        return 32
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
+
+
+def row_launch(vocab: int, warp_size: int | None = None) -> Launch:
+    """For kernels that walk a row of the vocabulary with one program: four columns a lane."""
+    warp_size = lanes_per_warp() if warp_size is None else warp_size
+    lanes = 128 if vocab <= 1024 else 256 if vocab <= 16_384 else 512
+    return Launch(block=4 * lanes, num_warps=lanes // warp_size)
+
+
+def entry_block(entries_per_row: float) -> int:
+    """Entries of a sparse row taken up at a time: the power of two from 32 to 1,024 that holds the mean row."""
+    block = 32
+    while block < min(entries_per_row, 1024):
+        block *= 2
+    return block

@@ -1,0 +1,482 @@
+"""The row pass as Triton kernels: one program a row. Same arithmetic as ``reference.py``.
+
+A divergence comes in as TERMS, the device function of ``divergences.py``; see there for f, g and G. Every sum of a row is kept one
+a lane, in fp32. A row of weight 0 costs its zeros; a row with something wrong in it gets a loss and a gradient of NaN.
+"""
+
+import triton
+import triton.language as tl
+
+from kd_kernels.triton_rows import (
+    LOWEST, add_to_argmax, add_to_normaliser, join_argmax, join_normaliser, load_logits, map_raw, p_log_p,
+)
+
+BAD_STUDENT = tl.constexpr(1)
+BAD_TEACHER = tl.constexpr(2)
+BAD_LABEL = tl.constexpr(4)
+BAD_IDS = tl.constexpr(8)
+BAD_TAIL = tl.constexpr(16)
+BAD_IMPORTANCE = tl.constexpr(32)
+# Bits of a row's status, as in reference.py.
+
+N_STATS = tl.constexpr(11)
+BUCKET = tl.constexpr(0)
+RENORMALIZE = tl.constexpr(1)
+
+KEPT = tl.constexpr(-3.4028234663852886e38)
+"""Written over the kept logits of a sparse row, so that what remains is its tail. The least number of fp32: no logit."""
+
+LARGEST_LOGPROB = tl.constexpr(1e-4)
+LARGEST_MASS = tl.constexpr(1.1)
+"""A cache rounds log-probabilities; unnormalised scores miss by far more."""
+
+
+@triton.jit
+def apply_terms(logp, logq, first_param, second_param, TERMS: tl.constexpr, N_PARAMS: tl.constexpr):
+    if N_PARAMS == 0:
+        f, g = TERMS(logp, logq)
+    elif N_PARAMS == 1:
+        f, g = TERMS(logp, logq, first_param)
+    else:
+        f, g = TERMS(logp, logq, first_param, second_param)
+    return f, g
+
+
+@triton.jit
+def fill_zero(row_ptr, n_columns, BLOCK: tl.constexpr):
+    """One row of zeros, in its own dtype."""
+    o_b = tl.arange(0, BLOCK)
+    for begin in range(0, n_columns, BLOCK):
+        o_v = begin + o_b
+        tl.store(row_ptr + o_v, tl.zeros([BLOCK], tl.float32).to(row_ptr.dtype.element_ty), mask=o_v < n_columns)
+
+
+@triton.jit
+def read_label(labels_ptr, row, has_labels, n_columns):
+    """The row's label, -1 where it has none or a bad one; and its status."""
+    label = tl.full([], -1, tl.int64)
+    status = tl.full([], 0, tl.int32)
+    if has_labels:
+        given = tl.load(labels_ptr + row)
+        usable = (given >= 0) & (given < n_columns)
+        label = tl.where(usable, given, label)
+        status = tl.where(usable, 0, BAD_LABEL)
+    return label, status
+
+
+@triton.jit
+def slope_of(z, scale, relative, height):
+    """d logit / d raw, of the tempered logit ``z``. ``relative`` is T / softcap."""
+    slope = tl.zeros_like(z) + scale
+    if height > 0:
+        slope = scale * (1.0 - (z * relative) * (z * relative))
+    return slope
+
+
+@triton.jit
+def ce_share_of(z, q, peak, temperature, ce, untempered_total):
+    """``ce * softmax(z T)``, the distribution at temperature 1."""
+    share = q * ce
+    if temperature != 1.0:
+        share = tl.exp((z - peak) * temperature) * (ce / untempered_total)
+    return share
+
+
+@triton.jit
+def store_stats(
+    stats_ptr,  # [C, 11] fp64
+    row, divergence, student_entropy, teacher_entropy, agreement, captured_mass, label_logprob, teacher_label_logprob,
+    student_top1, teacher_top1, student_confidence, teacher_confidence,
+):
+    """One row of statistics, in the order of ``plan.STATS``. Moves 88 bytes."""
+    at = stats_ptr + row * N_STATS
+    tl.store(at + 0, divergence.to(tl.float64))
+    tl.store(at + 1, student_entropy.to(tl.float64))
+    tl.store(at + 2, teacher_entropy.to(tl.float64))
+    tl.store(at + 3, agreement.to(tl.float64))
+    tl.store(at + 4, captured_mass.to(tl.float64))
+    tl.store(at + 5, label_logprob.to(tl.float64))
+    tl.store(at + 6, teacher_label_logprob.to(tl.float64))
+    tl.store(at + 7, student_top1.to(tl.float64))
+    tl.store(at + 8, teacher_top1.to(tl.float64))
+    tl.store(at + 9, student_confidence.to(tl.float64))
+    tl.store(at + 10, teacher_confidence.to(tl.float64))
+
+
+# Flags are compared at run time, by a branch that all lanes take: one kernel serves them all.
+@triton.jit(do_not_specialize=["has_labels", "student_has_bias", "teacher_has_bias"])
+def dense_rows_kernel(
+    student_ptr,  # [C, V], any float dtype
+    teacher_ptr,  # [C, V], any float dtype
+    gradient_ptr,  # [C, V], any float dtype; may begin where student_ptr does
+    student_bias_ptr,  # [V] fp32
+    teacher_bias_ptr,  # [V] fp32
+    labels_ptr,  # [C] int64
+    weight_ptr,  # [C] fp64
+    loss_ptr,  # [C] fp64
+    stats_ptr,  # [C, 11] fp64
+    status_ptr,  # [C] int32
+    student_stride, teacher_stride, gradient_stride, n_columns, has_labels, student_has_bias, teacher_has_bias,
+    student_factor, student_height, student_scale, student_relative, teacher_factor, teacher_height, temperature,
+    kd_weight, ce_weight, first_param, second_param, total_g,
+    TERMS: tl.constexpr, N_PARAMS: tl.constexpr, KNOWS_G: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    HAS_STATS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Rows of a dense teacher. Moves C V (3 (s + t) + d) bytes, s, t, d those of a student's, a teacher's logit and a gradient's
+    entry; (2 (s + t) + d) where G is known beforehand, 2 (s + t) without a gradient. Every other walk goes backwards, so that it
+    begins with what the one before it left in cache."""
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weight_ptr + row).to(tl.float32)
+    student_row, teacher_row = student_ptr + row * student_stride, teacher_ptr + row * teacher_stride
+    gradient_row = gradient_ptr + row * gradient_stride
+    nan = float("nan")
+    if weight == 0:
+        tl.store(loss_ptr + row, tl.zeros([], tl.float64))
+        tl.store(status_ptr + row, 0)
+        if HAS_STATS:
+            tl.store(stats_ptr + row * N_STATS + tl.arange(0, 16), tl.full([16], nan, tl.float64), tl.arange(0, 16) < N_STATS)
+        if HAS_GRADIENT:
+            fill_zero(gradient_row, n_columns, BLOCK)
+    else:
+        o_b = tl.arange(0, BLOCK)
+        n_blocks = tl.cdiv(n_columns, BLOCK)
+        label, status = read_label(labels_ptr, row, has_labels, n_columns)
+
+        # First walk: normalisers.
+        q_peak, p_peak = tl.full([BLOCK], LOWEST, tl.float32), tl.full([BLOCK], LOWEST, tl.float32)
+        q_total, p_total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        if HAS_STATS:
+            q_best, p_best = tl.full([BLOCK], LOWEST, tl.float32), tl.full([BLOCK], LOWEST, tl.float32)
+            q_id, p_id = o_b, o_b
+        for block in range(0, n_blocks):
+            o_v = block * BLOCK + o_b
+            mask = o_v < n_columns
+            z = load_logits(student_row, student_bias_ptr, student_has_bias, o_v, mask, student_factor, student_height)
+            y = load_logits(teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, mask, teacher_factor, teacher_height)
+            q_peak, q_total = add_to_normaliser(z, q_peak, q_total)
+            p_peak, p_total = add_to_normaliser(y, p_peak, p_total)
+            if HAS_STATS:
+                q_best, q_id = add_to_argmax(z, o_v, q_best, q_id)
+                p_best, p_id = add_to_argmax(y, o_v, p_best, p_id)
+        q_max, q_sum = join_normaliser(q_peak, q_total)
+        p_max, p_sum = join_normaliser(p_peak, p_total)
+        q_log_sum, p_log_sum = tl.log(q_sum), tl.log(p_sum)
+        status |= tl.where((q_sum > 0) & (q_sum < float("inf")), 0, BAD_STUDENT)
+        status |= tl.where((p_sum > 0) & (p_sum < float("inf")), 0, BAD_TEACHER)
+        weight = tl.where(status == 0, weight, nan)
+
+        at_label = tl.maximum(label, 0)
+        z_label = load_logits(
+            student_row, student_bias_ptr, student_has_bias, at_label, label >= 0, student_factor, student_height
+        )
+        y_label = load_logits(
+            teacher_row, teacher_bias_ptr, teacher_has_bias, at_label, label >= 0, teacher_factor, teacher_height
+        )
+        ce = tl.where(label >= 0, ce_weight, 0.0)
+        kd = kd_weight / temperature
+
+        # Second walk: the sums of f and of g; the gradient as well where G is known. Third walk: the gradient.
+        f_lanes, g_lanes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        q_log_q, p_log_p_lanes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        untempered = tl.zeros([BLOCK], tl.float32)
+        for i in range(0, n_blocks):
+            if KNOWS_G and HAS_GRADIENT:  # the gradient may be narrower than the logits it replaces: write behind the reads
+                o_v = i * BLOCK + o_b
+            else:
+                o_v = (n_blocks - 1 - i) * BLOCK + o_b
+            mask = o_v < n_columns
+            z = load_logits(student_row, student_bias_ptr, student_has_bias, o_v, mask, student_factor, student_height)
+            y = load_logits(teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, mask, teacher_factor, teacher_height)
+            logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
+            f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
+            f_lanes += tl.where(mask, f, 0.0)
+            g_lanes += tl.where(mask, g, 0.0)
+            if temperature != 1.0:
+                untempered += tl.exp((z - q_max) * temperature)
+            if HAS_STATS:
+                q_log_q += p_log_p(logq)
+                p_log_p_lanes += p_log_p(logp)
+            if KNOWS_G and HAS_GRADIENT:
+                q = tl.exp(logq)
+                slot = tl.where(kd_weight != 0, (g - q * total_g) * kd, 0.0) + q * ce - tl.where(o_v == label, ce, 0.0)
+                slot = slot * slope_of(z, student_scale, student_relative, student_height) * weight
+                tl.debug_barrier()
+                tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=mask)
+        divergence, sum_g = tl.sum(f_lanes, 0), tl.sum(g_lanes, 0)
+        untempered_total = q_sum
+        if temperature != 1.0:
+            untempered_total = tl.sum(untempered, 0)
+        label_logprob = tl.where(label >= 0, (z_label - q_max) * temperature - tl.log(untempered_total), nan)
+
+        loss = tl.where(kd_weight != 0, kd_weight * divergence, 0.0) - tl.where(ce != 0, ce * label_logprob, 0.0)
+        tl.store(loss_ptr + row, tl.where(status == 0, loss, nan).to(tl.float64))
+        tl.store(status_ptr + row, status)
+        if HAS_STATS:
+            student_top1, teacher_top1 = join_argmax(q_best, q_id), join_argmax(p_best, p_id)
+            teacher_label = tl.where(label >= 0, (y_label - p_max) - p_log_sum, nan)
+            store_stats(
+                stats_ptr, row, divergence, -tl.sum(q_log_q, 0), -tl.sum(p_log_p_lanes, 0), student_top1 == teacher_top1,
+                q_sum * 0.0 + 1.0, label_logprob, teacher_label, student_top1, teacher_top1, 1.0 / q_sum, 1.0 / p_sum,
+            )
+        if HAS_GRADIENT and not KNOWS_G:
+            for block in range(0, n_blocks):
+                o_v = block * BLOCK + o_b
+                mask = o_v < n_columns
+                z = load_logits(student_row, student_bias_ptr, student_has_bias, o_v, mask, student_factor, student_height)
+                y = load_logits(teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, mask, teacher_factor, teacher_height)
+                logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
+                f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
+                q = tl.exp(logq)
+                slot = tl.where(kd_weight != 0, (g - q * sum_g) * kd, 0.0)
+                slot += ce_share_of(z, q, q_max, temperature, ce, untempered_total) - tl.where(o_v == label, ce, 0.0)
+                slot = slot * slope_of(z, student_scale, student_relative, student_height) * weight
+                tl.debug_barrier()  # a narrower gradient takes the place of logits that other lanes have yet to read
+                tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["has_labels", "has_bias", "has_tail", "has_importance", "treatment"])
+def sparse_rows_kernel(
+    student_ptr,  # [C, V] fp32, overwritten
+    gradient_ptr,  # [C, V], any float dtype; may begin where student_ptr does
+    bias_ptr,  # [V] fp32
+    starts_ptr,  # [C] int64
+    ends_ptr,  # [C] int64
+    ids_ptr,  # [nnz] int64
+    logprobs_ptr,  # [nnz] fp32
+    importance_ptr,  # [nnz] fp32
+    tail_ptr,  # [C] fp32
+    kept_ptr,  # [nnz] fp32 scratch: the kept logits
+    labels_ptr,  # [C] int64
+    weight_ptr,  # [C] fp64
+    loss_ptr,  # [C] fp64
+    stats_ptr,  # [C, 11] fp64
+    status_ptr,  # [C] int32
+    student_stride, gradient_stride, n_columns, has_labels, has_bias, has_tail, has_importance, treatment,
+    factor, height, scale, relative, temperature, kd_weight, ce_weight, first_param, second_param,
+    TERMS: tl.constexpr, N_PARAMS: tl.constexpr, HAS_GRADIENT: tl.constexpr, HAS_STATS: tl.constexpr,
+    BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
+):
+    """Rows of a teacher known at k ids. Moves C V (4 + 4 + d) bytes, d those of a gradient's entry, and about 50 an entry: one walk
+    for the normaliser, one for the gradient. The kept logits are taken out of the row first, so that the tail's mass is a sum
+    over the tail, never one minus the rest."""
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weight_ptr + row).to(tl.float32)
+    student_row, gradient_row = student_ptr + row * student_stride, gradient_ptr + row * gradient_stride
+    nan = float("nan")
+    if weight == 0:
+        tl.store(loss_ptr + row, tl.zeros([], tl.float64))
+        tl.store(status_ptr + row, 0)
+        if HAS_STATS:
+            tl.store(stats_ptr + row * N_STATS + tl.arange(0, 16), tl.full([16], nan, tl.float64), tl.arange(0, 16) < N_STATS)
+        if HAS_GRADIENT:
+            fill_zero(gradient_row, n_columns, BLOCK)
+    else:
+        o_b, o_e = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
+        first, last = tl.load(starts_ptr + row), tl.load(ends_ptr + row)
+        label, status = read_label(labels_ptr, row, has_labels, n_columns)
+        z_label = load_logits(student_row, bias_ptr, has_bias, tl.maximum(label, 0), label >= 0, factor, height)
+
+        # Take the kept logits out. Each entry first leaves its number at its id: one that finds another's there is a repeat.
+        outside = tl.zeros([ENTRIES], tl.int32)
+        for begin in range(first, last, ENTRIES):
+            o_k = begin + o_e
+            ids = tl.load(ids_ptr + o_k, mask=o_k < last, other=0)
+            inside = (o_k < last) & (ids >= 0) & (ids < n_columns)
+            outside += ((o_k < last) & ~inside).to(tl.int32)
+            kept = load_logits(student_row, bias_ptr, has_bias, ids, inside, factor, height)
+            tl.store(kept_ptr + o_k, kept, mask=o_k < last)
+        tl.debug_barrier()
+        for begin in range(first, last, ENTRIES):
+            o_k = begin + o_e
+            ids = tl.load(ids_ptr + o_k, mask=o_k < last, other=0)
+            inside = (o_k < last) & (ids >= 0) & (ids < n_columns)
+            tl.store(student_row + ids, (o_k - first).to(tl.float32), mask=inside)
+        tl.debug_barrier()
+        repeated = tl.zeros([ENTRIES], tl.int32)
+        for begin in range(first, last, ENTRIES):
+            o_k = begin + o_e
+            ids = tl.load(ids_ptr + o_k, mask=o_k < last, other=0)
+            inside = (o_k < last) & (ids >= 0) & (ids < n_columns)
+            number = tl.load(student_row + ids, mask=inside, other=0.0)
+            repeated += (inside & (number != (o_k - first).to(tl.float32))).to(tl.int32)
+        tl.debug_barrier()
+        for begin in range(first, last, ENTRIES):
+            o_k = begin + o_e
+            ids = tl.load(ids_ptr + o_k, mask=o_k < last, other=0)
+            inside = (o_k < last) & (ids >= 0) & (ids < n_columns)
+            tl.store(student_row + ids, tl.full([ENTRIES], KEPT, tl.float32), mask=inside)
+        tl.debug_barrier()
+        status |= tl.where(tl.sum(outside + repeated, 0) > 0, BAD_IDS, 0)
+
+        # The tail's normaliser, and that of the kept ids.
+        peak, total = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
+        if HAS_STATS:
+            best, best_id = tl.full([BLOCK], LOWEST, tl.float32), o_b
+        for block in range(0, tl.cdiv(n_columns, BLOCK)):
+            o_v = block * BLOCK + o_b
+            raw = tl.load(student_row + o_v, mask=o_v < n_columns, other=KEPT)
+            z = load_logits(student_row, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
+            z = tl.where(raw == KEPT, -float("inf"), z)
+            peak, total = add_to_normaliser(z, peak, total)
+            if HAS_STATS:
+                best, best_id = add_to_argmax(z, o_v, best, best_id)
+        tail_max, tail_sum = join_normaliser(peak, total)
+        kept_peak, kept_total = tl.full([ENTRIES], LOWEST, tl.float32), tl.zeros([ENTRIES], tl.float32)
+        mass, wrong = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.int32)
+        for begin in range(first, last, ENTRIES):
+            o_k = begin + o_e
+            z = tl.load(kept_ptr + o_k, mask=o_k < last, other=-float("inf"))
+            logp = tl.load(logprobs_ptr + o_k, mask=o_k < last, other=-float("inf"))
+            kept_peak, kept_total = add_to_normaliser(z, kept_peak, kept_total)
+            mass += tl.exp(logp)
+            wrong |= tl.where(logp <= LARGEST_LOGPROB, 0, BAD_TEACHER)
+            if has_importance:
+                importance = tl.load(importance_ptr + o_k, mask=o_k < last, other=0.0)
+                wrong |= tl.where((importance >= 0) & (importance < float("inf")), 0, BAD_IMPORTANCE)
+        kept_max, kept_sum = join_normaliser(kept_peak, kept_total)
+        q_max = tl.maximum(tail_max, kept_max)
+        tail_sum = tl.where(tail_sum == 0, 0.0, tail_sum * tl.exp(tail_max - q_max))
+        kept_sum = tl.where(kept_sum == 0, 0.0, kept_sum * tl.exp(kept_max - q_max))
+        q_sum = tail_sum + kept_sum
+        q_log_sum = tl.log(q_sum)
+        kept_mass = tl.sum(mass, 0)
+        bucket = (treatment == BUCKET) & (has_importance == 0)
+        renormalise = (treatment == RENORMALIZE) & (has_importance == 0)
+        tail_logp = tl.full([], -float("inf"), tl.float32)
+        if has_tail:
+            tail_logp = tl.load(tail_ptr + row)
+        status |= tl.where((q_sum > 0) & (q_sum < float("inf")), 0, BAD_STUDENT)
+        status |= tl.reduce(wrong, 0, _or)
+        status |= tl.where((has_importance == 0) & ~(kept_mass <= LARGEST_MASS), BAD_TEACHER, 0)
+        status |= tl.where(bucket & ~(tail_logp <= LARGEST_LOGPROB), BAD_TAIL, 0)
+        status |= tl.where(bucket & ~(kept_mass + tl.exp(tail_logp) <= LARGEST_MASS), BAD_TEACHER, 0)
+        weight = tl.where(status == 0, weight, nan)
+
+        # The events: kept ids, and with "bucket" the tail as one more.
+        p_shift = tl.where(renormalise, tl.log(kept_mass), 0.0)
+        q_shift = tl.where(renormalise, tl.log(kept_sum), q_log_sum)
+        f_lanes, g_lanes = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.float32)
+        for begin in range(first, last, ENTRIES):
+            o_k = begin + o_e
+            here = o_k < last
+            logq = (tl.load(kept_ptr + o_k, mask=here, other=-float("inf")) - q_max) - q_shift
+            logp = tl.load(logprobs_ptr + o_k, mask=here, other=-float("inf")) - p_shift
+            f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
+            if has_importance:
+                importance = tl.load(importance_ptr + o_k, mask=here, other=0.0)
+                f, g = f * importance, g * importance
+            f_lanes += tl.where(here, f, 0.0)
+            g_lanes += tl.where(here, g, 0.0)
+        divergence, sum_g = tl.sum(f_lanes, 0), tl.sum(g_lanes, 0)
+        tail_logq = tl.log(tail_sum) - q_log_sum
+        f_tail, g_tail = apply_terms(tail_logp, tail_logq, first_param, second_param, TERMS, N_PARAMS)
+        divergence += tl.where(bucket, f_tail, 0.0)
+        sum_g += tl.where(bucket, g_tail, 0.0)
+
+        untempered_total = q_sum
+        if temperature != 1.0:
+            lanes = tl.zeros([BLOCK], tl.float32)
+            for block in range(0, tl.cdiv(n_columns, BLOCK)):
+                o_v = block * BLOCK + o_b
+                raw = tl.load(student_row + o_v, mask=o_v < n_columns, other=KEPT)
+                z = load_logits(student_row, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
+                lanes += tl.where(raw == KEPT, 0.0, tl.exp((z - q_max) * temperature))
+            kept_lanes = tl.zeros([ENTRIES], tl.float32)
+            for begin in range(first, last, ENTRIES):
+                o_k = begin + o_e
+                z = tl.load(kept_ptr + o_k, mask=o_k < last, other=-float("inf"))
+                kept_lanes += tl.exp((z - q_max) * temperature)
+            untempered_total = tl.sum(lanes, 0) + tl.sum(kept_lanes, 0)
+        label_logprob = tl.where(label >= 0, (z_label - q_max) * temperature - tl.log(untempered_total), nan)
+        ce = tl.where(label >= 0, ce_weight, 0.0)
+        kd = kd_weight / temperature
+        loss = tl.where(kd_weight != 0, kd_weight * divergence, 0.0) - tl.where(ce != 0, ce * label_logprob, 0.0)
+        tl.store(loss_ptr + row, tl.where(status == 0, loss, nan).to(tl.float64))
+        tl.store(status_ptr + row, status)
+
+        # What an id outside the kept set gets is proportional to its q: the tail's g spread over it, less its share of G.
+        spread = tl.where(renormalise, 0.0, -sum_g)
+        spread += tl.where(bucket & (tail_sum > 0), g_tail * (q_sum / tail_sum), 0.0)
+        spread = tl.where(kd_weight != 0, spread * kd, 0.0)
+        q_log_q = tl.zeros([BLOCK], tl.float32)
+        if HAS_GRADIENT or HAS_STATS:
+            for block in range(0, tl.cdiv(n_columns, BLOCK)):
+                o_v = block * BLOCK + o_b
+                mask = o_v < n_columns
+                raw = tl.load(student_row + o_v, mask=mask, other=KEPT)
+                z = load_logits(student_row, bias_ptr, has_bias, o_v, mask, factor, height)
+                z = tl.where(raw == KEPT, -float("inf"), z)
+                logq = (z - q_max) - q_log_sum
+                q = tl.exp(logq)
+                if HAS_STATS:
+                    q_log_q += p_log_p(logq)
+                if HAS_GRADIENT:
+                    slot = q * spread + ce_share_of(z, q, q_max, temperature, ce, untempered_total)
+                    slot = (slot - tl.where(o_v == label, ce, 0.0)) * slope_of(z, scale, relative, height) * weight
+                    # A narrower gradient takes the place of logits that other lanes have yet to read. Under a softcap the
+                    # slope of what was taken out is not finite; its gradient is written below.
+                    tl.debug_barrier()
+                    tl.store(gradient_row + o_v, tl.where(raw == KEPT, 0.0, slot).to(gradient_ptr.dtype.element_ty), mask=mask)
+            tl.debug_barrier()
+
+        kept_q_log_q, kept_p_log_p = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.float32)
+        best_logp, best_logp_id = tl.full([ENTRIES], -float("inf"), tl.float32), tl.full([ENTRIES], 2147483647, tl.int64)
+        top_kept_id = tl.full([ENTRIES], 2147483647, tl.int64)
+        label_logp, has_label_logp = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.int32)
+        for begin in range(first, last, ENTRIES):
+            o_k = begin + o_e
+            here = o_k < last
+            ids = tl.load(ids_ptr + o_k, mask=here, other=0)
+            z = tl.load(kept_ptr + o_k, mask=here, other=-float("inf"))
+            given = tl.load(logprobs_ptr + o_k, mask=here, other=-float("inf"))
+            if HAS_GRADIENT:
+                q = tl.exp((z - q_max) - q_log_sum)
+                logq, logp = (z - q_max) - q_shift, given - p_shift
+                f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
+                if has_importance:
+                    g *= tl.load(importance_ptr + o_k, mask=here, other=0.0)
+                slot = tl.where(kd_weight != 0, (g - tl.exp(logq) * sum_g) * kd, 0.0)
+                slot += ce_share_of(z, q, q_max, temperature, ce, untempered_total) - tl.where(ids == label, ce, 0.0)
+                slot = slot * slope_of(z, scale, relative, height) * weight
+                inside = here & (ids >= 0) & (ids < n_columns)
+                tl.store(gradient_row + ids, slot.to(gradient_ptr.dtype.element_ty), mask=inside)
+            if HAS_STATS:
+                kept_q_log_q += p_log_p((z - q_max) - q_log_sum)
+                kept_p_log_p += p_log_p(given)
+                top_kept_id = tl.where(here & (z == q_max), tl.minimum(ids, top_kept_id), top_kept_id)
+                better = here & ((given > best_logp) | ((given == best_logp) & (ids < best_logp_id)))
+                best_logp, best_logp_id = tl.where(better, given, best_logp), tl.where(better, ids, best_logp_id)
+                label_logp += tl.where(here & (ids == label), given, 0.0)
+                has_label_logp += (here & (ids == label)).to(tl.int32)
+        if HAS_STATS:
+            student_top1 = tl.min(top_kept_id, 0)
+            if tail_max == q_max:
+                student_top1 = tl.minimum(student_top1, join_argmax(best, best_id).to(tl.int64))
+            top_logp = tl.max(best_logp, 0)
+            teacher_top1 = tl.min(tl.where(best_logp == top_logp, best_logp_id, 2147483647), 0)
+            teacher_top1 = tl.where(last > first, teacher_top1, -1)
+            teacher_label = tl.where(tl.sum(has_label_logp, 0) > 0, tl.sum(label_logp, 0), nan)
+            store_stats(
+                stats_ptr, row, divergence, -(tl.sum(q_log_q, 0) + tl.sum(kept_q_log_q, 0)),
+                -(tl.sum(kept_p_log_p, 0) + p_log_p(tail_logp)), student_top1 == teacher_top1, kept_mass, label_logprob,
+                teacher_label, student_top1, teacher_top1, 1.0 / q_sum, tl.where(last > first, tl.exp(top_logp), nan),
+            )
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def scale_kernel(
+    x_ptr,  # [n], any float dtype
+    scale_ptr,  # [] fp32 or fp64
+    n, BLOCK: tl.constexpr,
+):
+    """``x *= scale``, in fp32. Moves 2 n elements, and nothing where the scale is 1."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if scale != 1.0:
+        o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + o_n, mask=o_n < n)
+        tl.store(x_ptr + o_n, (x.to(tl.float32) * scale).to(x_ptr.dtype.element_ty), mask=o_n < n)

@@ -1,0 +1,74 @@
+"""Device functions that every Triton row kernel is made of: logits out of raw products, and their running normaliser.
+
+One program owns one row and walks it in blocks. Sums are kept one a lane and joined at the end of the walk, so that no
+block waits for a reduction, and loads of the next block can start early.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-3.0e38)
+"""Stands for "no logit yet": below every logit, yet finite, so that a difference of two of them is a number."""
+
+
+@triton.jit
+def tanh(x):
+    """From ``e^(-2|x|)``, which cannot overflow; by its series near 0, where the quotient would cancel."""
+    size = tl.abs(x)
+    decay = tl.exp(-2.0 * size)
+    value = tl.where(size < 0.02, size - size * size * size * (1.0 / 3.0), (1.0 - decay) / (1.0 + decay))
+    return tl.where(x < 0, -value, value)
+
+
+@triton.jit
+def map_raw(raw, factor, height):
+    """Logits of products that the bias was added to: ``height tanh(factor raw)``, or ``factor raw`` where ``height`` is 0.
+
+    ``factor`` is scale / softcap or scale / T, ``height`` softcap / T.
+    """
+    z = raw * factor
+    if height > 0:
+        z = tanh(z) * height
+    return z
+
+
+@triton.jit
+def load_logits(raw_ptr, bias_ptr, has_bias, o_v, mask, factor, height):
+    """Logits of one row at the columns ``o_v``, in fp32; -inf where ``mask`` is false. Reads the row's dtype."""
+    raw = tl.load(raw_ptr + o_v, mask=mask, other=0.0).to(tl.float32)
+    if has_bias:
+        raw += tl.load(bias_ptr + o_v, mask=mask, other=0.0)
+    return tl.where(mask, map_raw(raw, factor, height), -float("inf"))
+
+
+@triton.jit
+def add_to_normaliser(z, peak, total):
+    """Take up a block: ``total`` is the lane's sum of ``exp(z - peak)``, ``peak`` its largest logit so far."""
+    higher = tl.maximum(peak, z)
+    return higher, total * tl.exp(peak - higher) + tl.exp(z - higher)
+
+
+@triton.jit
+def join_normaliser(peak, total):
+    """Over the lanes: the row's maximum, and its sum of ``exp(z - max)``, which is NaN where a logit was NaN or +inf."""
+    top = tl.max(peak, 0)
+    return top, tl.sum(total * tl.exp(peak - top), 0)
+
+
+@triton.jit
+def add_to_argmax(z, o_v, best, best_id):
+    """Take up a block: each lane's largest logit and the lowest id that has it."""
+    better = z > best
+    return tl.where(better, z, best), tl.where(better, o_v, best_id)
+
+
+@triton.jit
+def join_argmax(best, best_id):
+    """Over the lanes: the lowest id among those with the largest logit."""
+    return tl.min(tl.where(best == tl.max(best, 0), best_id, 2147483647), 0)
+
+
+@triton.jit
+def p_log_p(logp):
+    """``p log p``, 0 where p is 0."""
+    return tl.where(logp > -1e30, tl.exp(logp) * logp, 0.0)
