@@ -9,7 +9,7 @@ these products in the inputs' dtype, as `torch.mm` gives them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from bench import truth
 from bench.inputs import Inputs, Shape
 from bench.truth import Verdict
-from kd_kernels import LinearLogits, SparseTargets, kd_loss, topk_targets
+from kd_kernels import LinearLogits, SparseTargets, kd_loss, token_stats, topk_targets
 
 DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
@@ -74,7 +74,7 @@ class BareProducts:
             "hidden_gradient": lambda: (stand_in, student_weight),
             "weight_gradient": lambda: (stand_in.t(), student_hidden),
         }
-        # The logits stand in for their gradient. They are real ones: hardware multiplies zeros faster, denormals slower.
+        # The logits stand in for their gradient. Real ones: hardware multiplies zeros faster, and denormals slower.
         stand_in = student_hidden @ student_weight.t() if set(names) & set(GRADIENTS) else None
         self.products = [operands[name]() for name in names]
         self.results = [torch.mm(left, right) for left, right in self.products] if reuse else None
@@ -140,6 +140,28 @@ def topk(inputs: Inputs, mode: str = "targets", **options: object) -> Call:
     return call
 
 
+def stats(inputs: Inputs, mode: str = "stats", **options: object) -> Call:
+    """``token_stats`` of the student's head and the labels; mode "gradient": that of the mean log-probability."""
+    head = LinearLogits(inputs.student_hidden, inputs.student_weight)
+
+    def differentiated() -> Result:
+        inputs.clear_gradients()
+        loss = -token_stats(head, inputs.labels, **options).logprob.mean()
+        loss.backward()
+        return inputs.result(loss)
+
+    def alone() -> Result:
+        with torch.no_grad():
+            found = token_stats(head, inputs.labels, **options)
+        return {name: getattr(found, name) for name in truth.STATS}
+
+    return differentiated if mode == "gradient" else alone
+
+
+def _judge_stats(inputs: Inputs, result: Result) -> Verdict:
+    return truth.judge_stats(inputs, result) if "rank" in result else _judge_cross_entropy(inputs, result)
+
+
 def _judge_dense(inputs: Inputs, result: Result, divergence: str = "jsd(beta=0.5)") -> Verdict:
     return truth.judge_loss(inputs, result, truth.dense, divergence=divergence)
 
@@ -164,9 +186,8 @@ def _loss_modes(*forward: str) -> dict[str, tuple[str, ...]]:
     return {"loss": forward, "gradient": both, "per_token": both, "backward": GRADIENTS}
 
 
-def _entry_bytes(shape: Shape) -> int:
-    """Of sparse targets: an id of 8 and a logprob of 4 bytes an entry; an offset of 8 and a tail of 4 bytes a row."""
-    return 12 * shape.rows * shape.kept + 12 * shape.rows
+ENTRY_BYTES, TARGET_ROW_BYTES = 12, 12
+"""Of sparse targets: an id of 8 and a logprob of 4 bytes an entry; an offset of 8 and a tail of 4 bytes a row."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +200,8 @@ class Case:
         products: by mode, the products that it cannot avoid.
         judge: ``(inputs, result, **options) -> Verdict``.
         shapes: by device, the shape of its pytest-benchmark rows.
-        entry_bytes: bytes that are read or written beside hidden states, weights and gradients.
+        has_entries: sparse targets are read or written.
+        row_bytes: what is read or written a row beside hidden states, weights, gradients and entries.
     """
 
     name: str
@@ -187,17 +209,19 @@ class Case:
     products: dict[str, tuple[str, ...]]
     judge: Callable[..., Verdict]
     shapes: dict[str, Shape]
-    entry_bytes: Callable[[Shape], int] = field(default=lambda shape: 0)
+    has_entries: bool = False
+    row_bytes: int = 0
 
     def flops(self, mode: str, shape: Shape) -> int:
         """``2 N H V`` a product."""
         return sum(2 * shape.rows * getattr(shape, PRODUCTS[p].width) * shape.vocab for p in self.products[mode])
 
     def bytes(self, mode: str, shape: Shape, dtype: torch.dtype) -> int:
-        """``N H`` and ``V H`` elements read once; their gradients, written once; what :attr:`entry_bytes` adds."""
+        """``N H`` and ``V H`` elements read once; their gradients, written once; entries and rows of what is sparse."""
         chosen = [PRODUCTS[p] for p in self.products[mode]]
         reads, writes = {x for p in chosen for x in p.reads}, {x for p in chosen for x in p.writes}
-        return sum(shape.elements(x) for x in (*reads, *writes)) * dtype.itemsize + self.entry_bytes(shape)
+        row_bytes = self.row_bytes + (ENTRY_BYTES * shape.kept + TARGET_ROW_BYTES if self.has_entries else 0)
+        return sum(shape.elements(x) for x in (*reads, *writes)) * dtype.itemsize + shape.rows * row_bytes
 
     def floor(self, mode: str, inputs: Inputs, reuse: bool = False) -> BareProducts:
         return BareProducts(inputs, self.products[mode], reuse)
@@ -216,20 +240,23 @@ class Case:
         return verdict
 
 
-HEADS = {"cpu": Shape(256, 32768, 256, 512), "cuda": Shape(4096, 131072, 1024, 2048)}
-TEACHER_HEAD = {"cpu": Shape(256, 49152, 8, 576), "cuda": Shape(4096, 131072, 8, 2048)}
+HEADS = {"cpu": Shape(256, 32768, 256, 512), "cuda": Shape(2048, 131072, 1024, 2048)}
+TEACHER_HEAD = {"cpu": Shape(256, 49152, 8, 576), "cuda": Shape(2048, 131072, 8, 2048)}
 
 CASES = {
     case.name: case
     for case in (
         Case("kd_loss_dense", dense, _loss_modes("student_logits", "teacher_logits"), _judge_dense, HEADS),
-        Case("kd_loss_sparse", sparse, _loss_modes("student_logits"), _judge_sparse, HEADS, _entry_bytes),
+        Case("kd_loss_sparse", sparse, _loss_modes("student_logits"), _judge_sparse, HEADS, True),
         Case(
             "cross_entropy", cross_entropy, _loss_modes("student_logits"), _judge_cross_entropy, HEADS,
-            lambda shape: 8 * shape.rows,
+            row_bytes=8,  # a label
         ),
         Case(
-            "topk_targets", topk, {"targets": ("teacher_logits",)}, truth.judge_topk, TEACHER_HEAD, _entry_bytes
+            "token_stats", stats,
+            {"stats": ("student_logits",), "gradient": ("student_logits", *GRADIENTS)}, _judge_stats, HEADS,
+            row_bytes=40,  # an id, and of what comes out four numbers of 4 bytes and two of 8
         ),
+        Case("topk_targets", topk, {"targets": ("teacher_logits",)}, truth.judge_topk, TEACHER_HEAD, True),
     )
 }

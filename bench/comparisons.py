@@ -42,7 +42,7 @@ class Comparison:
 
     @property
     def mode(self) -> str:
-        return "targets" if self.case == "topk_targets" else "gradient"
+        return {"topk_targets": "targets", "token_stats": "stats"}.get(self.case, "gradient")
 
     def record(self) -> dict[str, object]:
         case = CASES[self.case]
@@ -87,7 +87,9 @@ def everyone(case: str, *without: str) -> tuple[str, ...]:
 
 
 MIB = 1 << 20
-GPU_ONLY = ("liger_jsd", "liger_kl", "fla")
+GPU_ONLY = ("liger_jsd", "liger_kl", "fla", "liger_chunked_compiled")
+SLOW_TO_START = ("torch_compile", "liger_chunked_compiled", "cut_cross_entropy")
+"""Who compiles for half a minute; the last one on a CPU alone."""
 FEW = (OURS, "torch_eager", "trl", "liger_chunked")
 """For sweeps: who is there at every size, without a compilation for each."""
 JSD, KL = "jsd(beta=0.5)", "forward_kl"
@@ -97,7 +99,7 @@ def _cpu() -> Plan:
     shape = Shape(rows=512, vocab=32768, student_hidden=512, teacher_hidden=1024)
     few_rows = Shape(rows=256, vocab=49152, student_hidden=64, teacher_hidden=576)
     held = Shape(rows=2048, vocab=151936, student_hidden=512, teacher_hidden=1024)
-    small = Shape(rows=256, vocab=32768, student_hidden=256, teacher_hidden=512)
+    small = Shape(rows=128, vocab=32768, student_hidden=256, teacher_hidden=512)
     case, sparse, labels, topk = "kd_loss_dense", "kd_loss_sparse", "cross_entropy", "topk_targets"
     dense = everyone(case, *GPU_ONLY)
     swept = Comparison(case, JSD, FP32, small, FEW)
@@ -110,11 +112,13 @@ def _cpu() -> Plan:
         "ce_bf16": Comparison(labels, None, BF16, shape, everyone(labels, "liger_flce")),
         "topk_fp32": Comparison(topk, None, FP32, few_rows, everyone(topk), "time", 1.15),
         "topk_bf16": Comparison(topk, None, BF16, few_rows, everyone(topk)),
+        "stats_fp32": Comparison("token_stats", None, FP32, shape, everyone("token_stats"), "time", 1.15),
+        "stats_bf16": Comparison("token_stats", None, BF16, shape, everyone("token_stats")),
         "memory_fp32": Comparison(case, JSD, FP32, held, FEW, "memory", budget_bytes=128 * MIB),
         "memory_bf16": Comparison(case, JSD, BF16, held, FEW, "memory", budget_bytes=128 * MIB),
-        "rows": Sweep(swept, "rows", (128, 256, 512, 1024)),
+        "rows": Sweep(swept, "rows", (64, 128, 256, 512)),
         "vocab": Sweep(swept, "vocab", (8192, 32768, 131072)),
-        "budget": Sweep(swept, "budget_bytes", tuple(n * MIB for n in (4, 8, 16, 32, 64, 128, 256))),
+        "budget": Sweep(swept, "budget_bytes", tuple(n * MIB for n in (4, 8, 16, 32, 64))),
     }
 
 
@@ -124,18 +128,20 @@ def _gpu() -> Plan:
     labelled = Shape(rows=4096, vocab=128256, student_hidden=4096, teacher_hidden=4096)
     half = dataclasses.replace(qwen, rows=4096)
     case, sparse, labels, topk = "kd_loss_dense", "kd_loss_sparse", "cross_entropy", "topk_targets"
-    jsd = everyone(case, ROUNDED, "liger_kl", "fla")  # which are forward KL only
-    kl = everyone(case, ROUNDED, "torch_compile")  # as fast as for the JSD, and half a minute to compile
+    compiled = everyone(case, ROUNDED, "liger_kl", "fla")  # which are forward KL only
+    jsd = tuple(name for name in compiled if name not in SLOW_TO_START)
+    kl = everyone(case, ROUNDED, *SLOW_TO_START)
     swept = Comparison(case, JSD, BF16, qwen, (*FEW, "liger_jsd"))
     return {
         "dense_jsd_llama": Comparison(case, JSD, BF16, llama, jsd, "time", 1.25, NEAR),
         "dense_kl_llama": Comparison(case, KL, BF16, llama, kl, "time", 1.25),
         "sparse_llama": Comparison(sparse, KL, BF16, llama, everyone(sparse, ROUNDED), "time", 1.30),
         "topk_llama": Comparison(topk, None, BF16, llama, everyone(topk), "time", 1.15),
+        "stats_llama": Comparison("token_stats", None, BF16, llama, everyone("token_stats"), "time", 1.15),
         "ce": Comparison(labels, None, BF16, labelled, everyone(labels)),
-        "dense_jsd_qwen": Comparison(case, JSD, BF16, qwen, jsd, "time", 1.25),
+        "dense_jsd_qwen": Comparison(case, JSD, BF16, qwen, compiled, "time", 1.25, NEAR),
         "dense_kl_qwen": Comparison(case, KL, BF16, qwen, kl, "time", 1.25),
-        "sparse_qwen": Comparison(sparse, KL, BF16, qwen, everyone(sparse, ROUNDED), "time", 1.30, NEAR),
+        "sparse_qwen": Comparison(sparse, KL, BF16, qwen, everyone(sparse, ROUNDED), "time", 1.30),
         "topk_qwen": Comparison(topk, None, BF16, qwen, everyone(topk), "time", 1.15),
         "rows": Sweep(swept, "rows", (1024, 2048, 4096, 8192)),
         "budget": Sweep(swept, "budget_bytes", tuple(n * MIB for n in (256, 512, 1024, 2048, 4096))),
@@ -147,10 +153,9 @@ PLANS = {"cpu": _cpu, "cuda": _gpu}
 
 
 def _tiny(comparison: Comparison) -> Comparison:
-    slow = ("torch_compile", "cut_cross_entropy")  # on a CPU the second one is compiled too
     return dataclasses.replace(
         comparison, shape=TINY, total_variations=comparison.total_variations[-1:],
-        contenders=tuple(name for name in comparison.contenders if name not in slow),
+        contenders=tuple(name for name in comparison.contenders if name not in SLOW_TO_START),
     )
 
 
@@ -163,7 +168,7 @@ def plan(device: str, tiny: bool = False) -> Plan:
     found = PLANS[device]()
     if not tiny:
         return found
-    small = {"rows": (8, 24), "vocab": (256, 512), "budget_bytes": (16384, 32768)}
+    small = {"rows": (8, 24), "vocab": (256, 512), "budget_bytes": (1 << 17, 1 << 18)}
     return {
         name: Sweep(_tiny(made.base), made.over, small[made.over]) if isinstance(made, Sweep) else _tiny(made)
         for name, made in found.items()

@@ -99,6 +99,11 @@ def torch_cross_entropy(inputs: Inputs, divergence: None, compiled: bool = False
     return lambda: differentiated(inputs, lambda: loss(*inputs.tensors[:2], inputs.labels))
 
 
+def torch_stats(inputs: Inputs, divergence: None) -> Call:
+    hidden, weight = (x.detach() for x in inputs.tensors[:2])
+    return lambda: truth.stats_of(_head(hidden, weight), inputs.labels)
+
+
 def _topk_of(logits: Tensor, k: int) -> Result:
     kept, ids = logits.topk(k, dim=1)
     logprobs = kept - logits.logsumexp(1, keepdim=True)
@@ -130,6 +135,7 @@ CONTENDERS: dict[str, dict[str, Contender]] = {
         "trl": peers.trl_dense,
         "liger_jsd": peers.liger_jsd,
         "liger_chunked": peers.liger_chunked,
+        "liger_chunked_compiled": functools.partial(peers.liger_chunked, compiled=True),
         "liger_kl": peers.liger_kl,
         "fla": peers.fla_kl,
     },
@@ -146,6 +152,10 @@ CONTENDERS: dict[str, dict[str, Contender]] = {
         "torch_linear_cross_entropy": peers.torch_linear_cross_entropy,
         "liger_flce": peers.liger_flce,
         "cut_cross_entropy": peers.cut_cross_entropy,
+    },
+    "token_stats": {
+        OURS: functools.partial(_ours, cases.stats),
+        "torch_eager": torch_stats,
     },
     "topk_targets": {
         OURS: functools.partial(_ours, cases.topk),

@@ -33,9 +33,9 @@ class Device(abc.ABC):
     def synchronize(self) -> None:
         """Until all work that was started is done."""
 
+    @abc.abstractmethod
     def tidy(self) -> None:
-        """Gives memory that nobody holds back to the system."""
-        gc.collect()
+        """Gives memory that nobody holds back to the system, where it would not be reused."""
 
 
 class CPU(Device):
@@ -50,6 +50,9 @@ class CPU(Device):
         return 1e3 * elapsed
 
     def synchronize(self) -> None:
+        pass
+
+    def tidy(self) -> None:
         pass
 
 
@@ -78,7 +81,7 @@ class CUDA(Device):
         torch.cuda.synchronize()
 
     def tidy(self) -> None:
-        super().tidy()
+        gc.collect()
         torch.cuda.empty_cache()
 
     def peak(self, call: Callable[[], object]) -> dict[str, int]:
@@ -106,5 +109,6 @@ def find(name: str) -> Device:
         RuntimeError: torch sees no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"bench: --device must be one that torch {torch.__version__} sees, got cuda; try --device cpu")
+        seen = f"one that torch {torch.__version__} sees"
+        raise RuntimeError(f"bench: --device must be {seen}, got cuda; try --device cpu")
     return DEVICES[name]()

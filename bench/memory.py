@@ -1,8 +1,8 @@
 """Peak memory of one call, less the gradients that it was asked for.
 
 On a GPU torch's allocator knows. On a CPU a process of its own measures: ``python -m bench.memory '{...}'`` prints a
-line of JSON for every shape; :func:`measure` calls it. Method: the inputs are built, the call runs once on 64 rows (its result is
-compared with float64, and code and thread pools are loaded), what that freed is handed back to the system
+line of JSON for every shape; :func:`measure` calls it. Method: the inputs are built, the call runs once on 64 rows (the
+result is compared with float64, and code and thread pools are loaded), what that freed is handed back to the system
 (``malloc_trim``). Then the kernel's high-water mark of resident memory is reset (``5`` into ``/proc/self/clear_refs``),
 resident memory is read (VmRSS), the call runs on all rows, and the mark is read (VmHWM). The difference, less the
 gradients, is the scratch. Linux only. A limit on the process's memory turns what does not fit into an error instead of

@@ -86,10 +86,10 @@ def liger_jsd(inputs: Inputs, divergence: str) -> Call:
     return lambda: differentiated(inputs, lambda: module(*inputs.tensors, None))
 
 
-def liger_chunked(inputs: Inputs, divergence: str) -> Call:
-    """Liger's chunked JSD, which is plain torch. On a CPU ``compiled=False``, for it compiles anew in every call."""
+def liger_chunked(inputs: Inputs, divergence: str, compiled: bool = False) -> Call:
+    """Liger's chunked JSD, which is plain torch; ``compiled``: each call wraps a new function in ``torch.compile``."""
     module = _module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_beta(divergence), compiled=inputs.device.type == "cuda"
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_beta(divergence), compiled=compiled
     )
     labels = torch.zeros(inputs.shape.rows, dtype=torch.int64, device=inputs.device)
     return lambda: differentiated(inputs, lambda: module(*inputs.tensors, labels))

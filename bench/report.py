@@ -1,6 +1,10 @@
-"""What the results say, in lines for a terminal."""
+"""What the results say, in lines for a terminal: ``python -m bench.report FILE``."""
 
 from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
 
 MIB = 2**20
 
@@ -48,3 +52,7 @@ def lines(content: dict) -> list[str]:
     for name, record in content["comparisons"].items():
         found += of_comparison(name, record)
     return found + [f"{name} FAILED: {why}" for name, why in content.get("failed", {}).items()]
+
+
+if __name__ == "__main__":
+    print("\n".join(lines(json.loads(Path(sys.argv[1]).read_text()))))

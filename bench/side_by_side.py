@@ -1,8 +1,7 @@
 """Ours, plain torch and other libraries on the same inputs, in alternation, as ratios to the bare matrix products.
 
-    python -m bench.side_by_side --out bench/results/cpu_side_by_side.json [--only NAME ...] [--seconds 40]
+    python -m bench.side_by_side --out bench/results/cpu_side_by_side.json [--only NAME ...] [--seconds 30]
     python -m bench.side_by_side --device cuda --out bench/results/gpu_side_by_side.json
-    python -m bench.side_by_side --report --out FILE            prints what a file holds
 
 Every comparison first checks our result against float64 and refuses to go on if it is wrong. Then all contenders run
 once a round, in an order that rotates; times are quantiles over rounds, ratios are medians of what the rounds give.
@@ -31,8 +30,8 @@ from bench.contenders import OURS, Unavailable
 from bench.devices import CUDA, Device
 from bench.inputs import Inputs
 
-SECONDS = {"cpu": 40.0, "cuda": 8.0}
-"""Of rounds, for a comparison; a point of a sweep has a third of it."""
+SECONDS = {"cpu": 30.0, "cuda": 8.0}
+"""Of rounds, for a comparison; the points of a sweep share it."""
 
 
 def _build(comparison: Comparison, device: Device, total_variation: float = TIMED_AT) -> Inputs:
@@ -120,7 +119,7 @@ def compare_memory(points: list[Comparison]) -> list[dict[str, dict]]:
     """Bytes by contender, for points that differ in shape and budget alone, on a CPU: one process a contender."""
     first = points[0]
     found: list[dict[str, dict]] = [{} for _ in points]
-    for name in first.contenders:
+    for name in dict.fromkeys(name for point in points for name in point.contenders):
         taking_part = [i for i, point in enumerate(points) if name in point.contenders]
         asked = memory.Request(
             first.case, name, first.divergence, str(first.dtype).removeprefix("torch."),
@@ -134,11 +133,14 @@ def compare_memory(points: list[Comparison]) -> list[dict[str, dict]]:
 def sweep(asked: Sweep, device: Device, seconds: float) -> dict[str, object]:
     """The record of a sweep: a record of a comparison for every point, with memory on any device."""
     points = asked.points()
-    records = [compare(point, device, seconds / 3) for point in points]
+    records = [compare(point, device, seconds / len(points)) for point in points]
     if device.name == "cpu":
+        ran = [tuple(n for n in p.contenders if "p50_ms" in r["contenders"][n]) for p, r in zip(points, records)]
+        points = [dataclasses.replace(point, contenders=names) for point, names in zip(points, ran)]
         for record, measured in zip(records, compare_memory(points)):
             for name, result in measured.items():
-                record["contenders"][name] |= result
+                reason = {"memory_skipped": result["skipped"]} if "skipped" in result else result
+                record["contenders"][name] |= reason
     return asked.base.record() | {
         "kind": "sweep", "over": asked.over, "values": list(asked.values), "points": records,
     }
@@ -162,14 +164,15 @@ def _content(path: Path, device: Device, tiny: bool) -> dict[str, object]:
     Raises:
         ValueError: the file is of another machine.
     """
-    here = machine.describe(device.name)
-    if not path.exists():
-        bounds = ceilings.measure(device, *((0.01, 0.0) if tiny else ()))
-        return {"machine": here, "ceilings": bounds, "comparisons": {}, "failed": {}}
-    content = json.loads(path.read_text())
-    if content["machine"] != here:
-        raise ValueError(f"--out must be a new file or one of this machine, got {path} of {content['machine']}")
-    return {"ceilings": ceilings.measure(device), "failed": {}} | content
+    content = {"machine": machine.describe(device.name), "comparisons": {}, "failed": {}}
+    if path.exists():
+        read = json.loads(path.read_text())
+        if read["machine"] != content["machine"]:
+            raise ValueError(f"--out must be a new file or one of this machine, got {path} of {read['machine']}")
+        content |= read
+    if "ceilings" not in content:
+        content["ceilings"] = ceilings.measure(device, *((0.01, 0.0) if tiny else ()))
+    return content
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -178,14 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=tuple(devices.DEVICES), default="cpu")
     parser.add_argument("--plan", choices=tuple(comparisons.PLANS), help="whose comparisons (those of the device)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the comparisons (all)")
-    parser.add_argument("--seconds", type=float, help="of rounds, for each comparison of times (40; on a GPU 8)")
+    parser.add_argument("--seconds", type=float, help="of rounds, for each comparison of times (30; on a GPU 8)")
     parser.add_argument("--tiny", action="store_true", help="all on tiny shapes: whether it works; times mean nothing")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print what the file holds")
     asked = parser.parse_args(arguments)
-    if asked.report:
-        print("\n".join(report.lines(json.loads(asked.out.read_text()))))
-        return 0
-
     plan = comparisons.plan(asked.plan or asked.device, asked.tiny)
     unknown = set(asked.only or ()) - set(plan)
     if unknown:

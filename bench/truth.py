@@ -1,7 +1,7 @@
 """What the results should be, in float64 and by autograd, from the tests' oracles; and the errors of what they are.
 
-The gradients of the logits are exact in every row; of dH and dW the rows in ``Inputs.judged`` are formed, which spares a
-shape of a real model two products in float64, and the loss is that of all rows.
+The loss is that of all rows, and so are the gradients of the logits; of dH and dW the rows in ``Inputs.judged`` are
+formed, which spares a shape of a real model two products in float64.
 """
 
 from __future__ import annotations
@@ -112,6 +112,35 @@ def judge_loss(inputs: Inputs, result: dict[str, Tensor], true_of: Callable[...,
     errors = {name: ((x - true[name]).norm() / true[name].norm()).item() for name, x in found.items()}
     cosines = {name: F.cosine_similarity(x.flatten(), true[name].flatten(), dim=0).item() for name, x in found.items()}
     return Verdict(errors, {name: cosine for name, cosine in cosines.items() if name != "loss"})
+
+
+STATS = ("logprob", "lse", "entropy", "max", "argmax", "rank")
+
+
+def stats_of(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """What ``token_stats`` says of rows of logits, as one writes it in torch, in the dtype of the logits."""
+    lse, at_ids = logits.logsumexp(1), logits.gather(1, ids[:, None])
+    logprobs = logits - lse[:, None]
+    top, argmax = logits.max(1)
+    return {
+        "logprob": at_ids[:, 0] - lse, "lse": lse, "entropy": -(logprobs.exp() * logprobs).sum(1), "max": top,
+        "argmax": argmax, "rank": (logits > at_ids).sum(1),
+    }
+
+
+def judge_stats(inputs: Inputs, result: dict[str, Tensor]) -> Verdict:
+    """Largest errors: in nats, of ``argmax`` by how much less likely it is than the best, of ``rank`` in parts of V."""
+    weight, errors = inputs.student_weight.detach().double().t(), dict.fromkeys(STATS, 0.0)
+    for rows in inputs.chunks():
+        logits = inputs.student_hidden[rows].detach().double() @ weight
+        true = stats_of(logits, inputs.labels[rows])
+        found = {name: result[name][rows] for name in STATS}
+        gaps = {name: found[name] - true[name] for name in ("logprob", "lse", "entropy", "max")}
+        gaps["argmax"] = true["max"] - logits.gather(1, found["argmax"][:, None])[:, 0]
+        gaps["rank"] = (found["rank"] - true["rank"]) / inputs.shape.vocab
+        worst = {name: gap.abs().nan_to_num(nan=torch.inf).max().item() for name, gap in gaps.items()}
+        errors = {name: max(errors[name], worst[name]) for name in errors}
+    return Verdict(errors)
 
 
 def judge_topk(inputs: Inputs, result: dict[str, Tensor]) -> Verdict:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/row_loss.h"
+#include "cpu/token_stats.h"
 #include "cpu/topk.h"
 
 namespace py = pybind11;
@@ -119,6 +120,21 @@ template <class S> void define_topk(py::module_& m, const char* name) {
         py::arg("ids"), py::arg("logprobs"), py::arg("tail_logprob"), py::arg("log_z"), py::arg("threads"));
 }
 
+template <class S>
+void token_stats(const RawTuple& logits, int64_t rows, int64_t vocab, Address ids, Address logprob, Address lse,
+                 Address entropy, Address max, Address argmax, Address rank, int threads) {
+  const kd::TokenStats<S> job{rows, vocab, raw_logits<S>(logits), pointer<const int64_t>(ids), pointer<S>(logprob),
+                              pointer<S>(lse), pointer<S>(entropy), pointer<S>(max), pointer<int64_t>(argmax),
+                              pointer<int64_t>(rank), threads};
+  KD_DISPATCH(token_stats(job))
+}
+
+template <class S> void define_token_stats(py::module_& m, const char* name) {
+  m.def(name, &token_stats<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("logits"), py::arg("rows"),
+        py::arg("vocab"), py::arg("ids"), py::arg("logprob"), py::arg("lse"), py::arg("entropy"), py::arg("max"),
+        py::arg("argmax"), py::arg("rank"), py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -143,4 +159,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("topk_slack") = kd::kTopkSlack;
   define_topk<float>(m, "topk_rows_fp32");
   define_topk<double>(m, "topk_rows_fp64");
+  define_token_stats<float>(m, "token_stats_fp32");
+  define_token_stats<double>(m, "token_stats_fp64");
 }

@@ -91,7 +91,7 @@ def _check_gpu(where: str, index: int | None) -> None:
 
 def _runs_on(name: str, device: torch.device) -> bool:
     if name == "triton":
-        return device.type == "cuda" or (device.type == "cpu" and interprets())
+        return device.type == "cuda" or (device.type == "cpu" and (torch.compiler.is_compiling() or interprets()))
     return name == "reference" or device.type == "cpu"
 
 
@@ -104,6 +104,12 @@ def check_triton_takes(where: str, columns: int, *tensors: torch.Tensor) -> None
         )
     if columns > MAX_VOCAB:
         _check.fail(where, "the vocabulary", f'at most {MAX_VOCAB} for backend="triton"', columns)
+
+
+def check_not_capturing(where: str, argument: str, requirement: str, got: object, remedy: str) -> None:
+    """Raise while a CUDA graph is being captured: sizes that depend on the data must be read by the host."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(_check.complaint(where, argument, requirement + " while a CUDA graph is captured", got, remedy))
 
 
 def choose(where: str, backend: str | None, device: torch.device, built: tuple[str, ...]) -> str:

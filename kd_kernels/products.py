@@ -232,6 +232,11 @@ def flattened(logits: Logits) -> Logits:
     return EnsembleLogits(tuple(flattened(m) for m in logits.members), logits.weights, logits.space)
 
 
+def scratch_budget(max_scratch_bytes: int | None, device: torch.device) -> int:
+    """What the caller asked for, or what a verb takes where nobody asked."""
+    return DEFAULT_SCRATCH_BYTES.get(device.type, FALLBACK_SCRATCH_BYTES) if max_scratch_bytes is None else max_scratch_bytes
+
+
 def rows_per_chunk(
     where: str, rows: int, bytes_per_row: int, fixed_bytes: int, max_scratch_bytes: int | None, device: torch.device
 ) -> int:
@@ -240,9 +245,9 @@ def rows_per_chunk(
     Raises:
         ValueError: the budget is too small for one row; the message says how much one row needs.
     """
-    budget = max_scratch_bytes
-    if budget is None:
-        budget = max(DEFAULT_SCRATCH_BYTES.get(device.type, FALLBACK_SCRATCH_BYTES), fixed_bytes + bytes_per_row)
+    budget = scratch_budget(max_scratch_bytes, device)
+    if max_scratch_bytes is None:
+        budget = max(budget, fixed_bytes + bytes_per_row)
     fitting = (budget - fixed_bytes) // max(bytes_per_row, 1)
     if fitting < 1:
         _check.fail(

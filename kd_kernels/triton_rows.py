@@ -56,13 +56,6 @@ def join_normaliser(peak, total):
 
 
 @triton.jit
-def add_to_argmax(z, o_v, best, best_id):
-    """Take up a block: each lane's largest logit and the lowest id that has it."""
-    better = z > best
-    return tl.where(better, z, best), tl.where(better, o_v, best_id)
-
-
-@triton.jit
 def join_argmax(best, best_id):
     """Over the lanes: the lowest id among those with the largest logit."""
     return tl.min(tl.where(best == tl.max(best, 0), best_id, 2147483647), 0)

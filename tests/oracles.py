@@ -293,6 +293,26 @@ def label_logprob(logits: Tensor, labels: Tensor) -> Tensor:
     return log_probs(logits).gather(-1, labels[:, None])[:, 0]
 
 
+def rank(logits: Tensor, ids: Tensor) -> Tensor:
+    """The place of each id when its row is sorted by falling logit, equal ones by rising id."""
+    places = []
+    for row, token in zip(logits.tolist(), ids.tolist()):
+        places.append(sorted(range(len(row)), key=lambda v: (-row[v], v)).index(token))
+    return torch.tensor(places, dtype=torch.int64)
+
+
+def token_stats(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """Everything that rows [N, V] say about the ids [N]."""
+    return {
+        "logprob": -F.cross_entropy(logits, ids, reduction="none"),
+        "lse": torch.logsumexp(logits, -1),
+        "entropy": entropy(logits),
+        "max": logits.amax(-1),
+        "argmax": top1(logits),
+        "rank": rank(logits, ids),
+    }
+
+
 def gradients(loss: Tensor, leaves: list[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
     """d(sum of upstream * loss) / d leaf for every leaf; zeros where a leaf has no part in it."""
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)

@@ -5,19 +5,15 @@
 // teacher goes through the same two numbers: its kept ids, and the tail as one more event, are a short row of their own.
 #include "row_loss.h"
 
-#include <cstdlib>
-
 #include "kd/simd.h"
 #include "kd/terms.h"
+#include "rows.h"
 
 namespace kd {
 namespace KD_ISA {
 namespace {
 
 constexpr double kMassTolerance = 0.1;  // a cache rounds log-probabilities to a step; unnormalised scores miss by far more
-constexpr int64_t kBlock = 2048;  // columns summed in single precision before they join a double
-
-template <class S> constexpr S kInf = std::numeric_limits<S>::infinity();
 
 // A row of tempered logits with its normaliser: log-probability = (z - max) - log_sum.
 template <class S> struct Normalised {
@@ -29,25 +25,7 @@ template <class S> struct Normalised {
   bool is_finite() const { return sum > 0 && sum < kInf<double>; }
 };
 
-template <class T> KD_INLINE T tanh(T x) {  // odd; e^(-2|x|) keeps it from overflowing
-  const T a = abs(x);
-  const T e = exp(splat<T>(-2.0) * a);
-  const T y = where(a < splat<T>(0.02), a - a * a * a * splat<T>(1.0 / 3.0), (splat<T>(1.0) - e) / (splat<T>(1.0) + e));
-  return where(x < splat<T>(0), -y, y);
-}
-template <> inline __attribute__((always_inline)) double tanh<double>(double x) { return std::tanh(x); }
-
-// Calls body(V or S, column) over [begin, end): whole vectors, then single columns.
-template <class S, class Body> KD_INLINE void over_columns(int64_t begin, int64_t end, Body body) {
-  using V = typename Lanes<S>::V;
-  constexpr int64_t width = Lanes<S>::width;
-  int64_t v = begin;
-  for (; v + width <= end; v += width) body(V{}, v);
-  if constexpr (width > 1)
-    for (; v < end; ++v) body(S{}, v);
-}
-
-// The same with a running sum: body returns one addend a column. Blocks are summed in S, the row in double.
+// over_columns with a running sum: body returns one addend a column. Blocks are summed in S, the row in double.
 template <class S, class Body> KD_INLINE double sum_columns(int64_t n, Body body) {
   using V = typename Lanes<S>::V;
   double total = 0;
@@ -64,18 +42,6 @@ template <class S, class Body> KD_INLINE double sum_columns(int64_t n, Body body
   return total;
 }
 
-template <class S> KD_INLINE S block_max(const S* z, int64_t begin, int64_t end) {
-  using V = typename Lanes<S>::V;
-  V lanes = V{} - kInf<S>;
-  S rest = -kInf<S>;
-  over_columns<S>(begin, end, [&](auto lane, int64_t v) {
-    if constexpr (sizeof(lane) == sizeof(V)) lanes = maximum(load<V>(z + v), lanes);
-    else rest = z[v] > rest ? z[v] : rest;
-  });
-  const S best = lane_max<S>(lanes);
-  return best > rest ? best : rest;
-}
-
 // sum exp(factor (z - max)).
 template <class S> KD_INLINE double sum_exp(const S* z, S max, double factor, int64_t n) {
   if (factor == 1.0)
@@ -87,23 +53,6 @@ template <class S> KD_INLINE double sum_exp(const S* z, S max, double factor, in
     using T = decltype(lane);
     return exp((load<T>(z + v) - (T{} + max)) * splat<T>(factor));
   });
-}
-
-// Tempered logits of one row: the raw row itself where there is nothing to do, else written to scratch.
-template <class S> const S* tempered(const RawLogits<S>& logits, int64_t row, double temperature, S* scratch, int64_t n) {
-  const S* raw = logits.raw + row * logits.stride;
-  if (logits.is_plain() && temperature == 1.0) return raw;
-  const double factor = logits.softcap > 0 ? logits.scale / logits.softcap : logits.scale / temperature;
-  const double height = logits.softcap / temperature;
-  over_columns<S>(0, n, [&](auto lane, int64_t v) {
-    using T = decltype(lane);
-    T z = load<T>(raw + v);
-    if (logits.bias) z += load<T>(logits.bias + v);
-    z = z * splat<T>(factor);
-    if (logits.softcap > 0) z = tanh(z) * splat<T>(height);
-    store(scratch + v, z);
-  });
-  return scratch;
 }
 
 // Maximum and sum of exp(z - max) in one read: a block is summed against the largest logit so far, while it is in the first
@@ -171,21 +120,6 @@ template <class S> double entropy(const Normalised<S>& q, int64_t n) {
   });
   return std::log(q.sum) - weighted / q.sum;
 }
-
-template <class S> int64_t first_index_of(const S* z, S value, int64_t n) {
-  for (int64_t v = 0; v < n; ++v)
-    if (z[v] == value) return v;
-  return -1;
-}
-
-// Memory of one thread, for as long as the pass lasts.
-template <class S> struct Scratch {
-  S* data;
-  explicit Scratch(int64_t count)
-      : data(static_cast<S*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(S) + 63) / 64 * 64 + 64))) {}
-  ~Scratch() { std::free(data); }
-  Scratch(const Scratch&) = delete;
-};
 
 // The parts that dense and sparse rows share: cross-entropy, and the derivative of softcap and scale.
 template <class S> struct StudentRow {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "raw_logits.h"
+
 namespace kd {
 
 // Columns of the statistics matrix. kd_kernels/loss/cpp_impl.py names them in this order.
@@ -13,15 +15,6 @@ enum Stat { kDivergence, kStudentEntropy, kTeacherEntropy, kAgreement, kCaptured
 enum Status { kBadStudent = 1, kBadTeacher = 2, kBadLabel = 4, kBadIds = 8, kBadTail = 16, kBadImportance = 32 };
 
 enum Tail { kBucket, kRenormalize, kDrop };
-
-// Rows of raw products [rows, vocab] that stand for logits: softcap * tanh(scale * (raw + bias) / softcap). softcap 0: none.
-template <class S> struct RawLogits {
-  const S* raw;
-  int64_t stride;
-  const S* bias;  // [vocab] or null
-  double scale, softcap;
-  bool is_plain() const { return bias == nullptr && scale == 1.0 && softcap == 0.0; }
-};
 
 // A teacher known at some ids only; see SparseRows in kd_kernels/products.py.
 template <class S> struct SparseRows {

@@ -98,25 +98,27 @@ def kd_loss(
         logits_dtype: None for fp32-grade logits. "input" rounds them to the head's dtype: cheaper where the hardware
             multiplies bf16, and wrong by 3 to 30 percent in the gradient as the student gets good.
         max_scratch_bytes: bound on temporary memory, beside gradients (and, for a half-precision head in several chunks, the
-            fp32 sum of its gradient, 4 V H bytes). None: 256 MiB on a CPU, 1 GiB elsewhere.
-        backend: "cpp" (CPU), "reference" (torch operations, any device), or None: by device; a divergence of the user's
-            own runs on "reference".
+            fp32 sum of its gradient, 4 V H bytes). None: 256 MiB on a CPU, 1,400 MiB elsewhere.
+        backend: "cpp" (CPU), "triton" (CUDA from sm_80 on, ROCm; no fp64), "reference" (torch operations, any device), or
+            None: by device; a divergence of the user's own runs on "reference".
 
     Returns:
         :class:`KDLoss`. With no row that counts the loss is 0 and so are the gradients.
 
     Raises:
         TypeError, ValueError: an argument is not as above; on a CPU also for NaN or +inf logits, all -inf rows, labels or
-            ids out of range, masses above 1.
-        RuntimeError: the backend does not exist here.
+            ids out of range, masses above 1. On a GPU nothing is read back: such rows have a loss and a gradient of NaN.
+        RuntimeError: the backend does not exist here; ``compact=True`` without ``rows`` while a CUDA graph is captured.
+        torch.OutOfMemoryError: with the scratch budget that was in force.
 
     Numerics: logits, sums and the divergence in fp32 or better, products never rounded to half precision; the gradient of
-    the head is summed in fp32. -inf logits are masked columns. Deterministic. A forward KL from a teacher with mass where
+    the head is summed in fp32. On a GPU the gradient of a chunk of logits is handed to its products in the dtype of the head. -inf logits are masked columns. Deterministic. A forward KL from a teacher with mass where
     the student's logit is -inf is inf; so is a reverse KL the other way round.
 
     Cost: with mean and sum the gradient is formed in the forward pass (6 N Hs V + 2 N Ht V operations, nothing computed
     twice); "none" computes the student's logits again in the backward. Memory: scratch and gradients; an upstream gradient
-    other than 1 (``(loss / 4).backward()``) costs a scaled copy of them, which ``normalizer`` and the weights spare.
+    other than 1 (``(loss / 4).backward()``) costs a scaled copy of them on a CPU and a pass over them on a GPU, which
+    ``normalizer`` and the weights spare. No synchronisation on a GPU, but for ``compact=True``; CUDA graphs can capture it.
     """
     student_noun = student if isinstance(student, LinearLogits) else _check.floating(WHERE, "student", student)
     if isinstance(student_noun, Tensor) and student_noun.dim() < 1:
@@ -337,12 +339,23 @@ def _refuse_second_derivatives() -> None:
         )
 
 
+def _may_scale_in_place(plan: Plan, scale: Tensor) -> bool:
+    """On a GPU nobody reads the scale: a kernel multiplies by it, or returns at once where it is 1. The gradients that were kept
+    are nobody else's, unless the graph is kept for another backward."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return type(scale) is Tensor and scale.device.type == "cuda" and plan.backend == "triton" and not keeps_graph()
+
+
 def _scale_gradients(ctx, upstream):
     _refuse_second_derivatives()
     scale = upstream[0]
     gradients: list[Tensor | None] = list(ctx.saved_tensors)
     if scale is None:
         gradients = [None] * len(gradients)
+    elif _may_scale_in_place(ctx.plan, scale):
+        scale_in_place = driver.row_implementation("triton").scale_in_place
+        for gradient in gradients:
+            scale_in_place(gradient, scale)
     # loss.backward() sends 1: then the gradients are returned as they are. Reading it costs nothing on a CPU.
     elif type(scale) is not Tensor or scale.device.type != "cpu" or scale.item() != 1.0:
         # In the wider of the two dtypes: a loss scale may be beyond fp16, and must not be rounded to bf16.

@@ -15,12 +15,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kd_kernels import _check
+from kd_kernels import _backend, _check
 from kd_kernels.logits import LinearLogits, SparseTargets, Targets, leading_shape
 from kd_kernels.loss import reference
 from kd_kernels.loss.plan import ID_STATS, STATS, Plan
 from kd_kernels.products import (
-    LinearSource, SparseSource, TensorSource, flattened, rows_per_chunk, source, tensors_of, work_dtype,
+    LinearSource, SparseSource, TensorSource, flattened, rows_per_chunk, scratch_budget, source, tensors_of, work_dtype,
 )
 
 ROW_IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
@@ -158,9 +158,20 @@ def run(
     Raises:
         ValueError: the scratch budget holds no row; on a CPU also NaN or +inf in logits, labels or ids out of range,
             ids that repeat in a row, a tail mass above 1.
+        RuntimeError: ``compact=True`` without ``rows`` while a CUDA graph is captured.
+        torch.OutOfMemoryError: with the budget that was in force.
     """
-    with torch.autocast(student.device.type, enabled=False):
-        return _run(plan, flattened(student), teacher, inputs, with_gradient, upstream)  # type: ignore[arg-type]
+    try:
+        with torch.autocast(student.device.type, enabled=False):
+            return _run(plan, flattened(student), teacher, inputs, with_gradient, upstream)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        budget = scratch_budget(plan.max_scratch_bytes, student.device)
+        raise torch.OutOfMemoryError(
+            _check.complaint(
+                "kd_loss", "max_scratch_bytes", "smaller (gradients come on top of it)", f"{budget} bytes",
+                f"the device said: {error}",
+            )
+        ) from error
 
 
 def _run(
@@ -182,6 +193,9 @@ def _run(
         # On a GPU, which of the listed rows count stays unread: the others are masked.
         rows = inputs.rows[weight[inputs.rows] != 0] if device.type == "cpu" else inputs.rows
     elif plan.compact:
+        _backend.check_not_capturing(
+            "kd_loss", "compact", "None or False", True, "pass the rows that count as rows=, or let the others be masked"
+        )
         counting = weight.nonzero()[:, 0]
         rows = counting if counting.shape[0] < count else None
     picked = lambda x: x if x is None or rows is None else x[rows]  # noqa: E731

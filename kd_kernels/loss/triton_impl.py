@@ -30,19 +30,21 @@ def dense_rows(
     """Rows of a dense teacher. Bytes: see the kernel."""
     count, columns = student.raw.shape
     loss, stats, status = _outputs(student.raw, want_stats)
+    # What the kernel is told not to follow still has the type of what it might: branches are compiled either way.
+    no_bias, no_labels = loss.view(torch.float32), loss.view(torch.int64)
     launch = config.row_launch(columns)
     # The cross-entropy's own normaliser, at temperature 1, is not known before the walk that would write the gradient.
     knows_g = job.divergence.total_g is not None and (job.temperature == 1.0 or job.ce_weight == 0)
     student_map, teacher_map = _map(student, job.temperature), _map(teacher, job.temperature)
     if count:
         dense_rows_kernel[(count,)](
-            student.raw, teacher.raw, _or_dummy(gradient, student.raw), _or_dummy(student.bias, weight),
-            _or_dummy(teacher.bias, weight), _or_dummy(labels, weight), weight, loss, _or_dummy(stats, loss), status,
+            student.raw, teacher.raw, _or(gradient, student.raw), _or(student.bias, no_bias), _or(teacher.bias, no_bias),
+            _or(labels, no_labels), weight, loss, _or(stats, loss), status,
             student.raw.stride(0), teacher.raw.stride(0), 0 if gradient is None else gradient.stride(0), columns,
-            _needs_labels(labels, job, want_stats), int(student.bias is not None), int(teacher.bias is not None), *student_map,
-            *teacher_map[:2], job.temperature, job.kd_weight, job.ce_weight, *_params(job), job.divergence.total_g or 0.0,
+            _needs_labels(labels, job, want_stats), int(student.bias is not None), int(teacher.bias is not None),
+            *student_map, *teacher_map[:2], job.temperature, job.kd_weight, job.ce_weight, *_params(job), job.divergence.total_g or 0.0,
             TERMS=triton_terms(job.divergence.kernel), N_PARAMS=len(job.divergence.values), KNOWS_G=knows_g,
-            HAS_GRADIENT=gradient is not None, HAS_STATS=want_stats, BLOCK=launch.block, num_warps=launch.num_warps,
+            HAS_GRADIENT=gradient is not None, HAS_STATS=want_stats, BLOCK=launch.block, **launch.options,
         )
     return loss, stats, status
 
@@ -54,19 +56,20 @@ def sparse_rows(
     """Rows of a sparse teacher; ``student.raw`` is overwritten. Bytes: see the kernel."""
     count, columns = student.raw.shape
     loss, stats, status = _outputs(student.raw, want_stats)
+    no_bias, no_labels = loss.view(torch.float32), loss.view(torch.int64)
     launch, entries = config.row_launch(columns), teacher.ids.shape[0]
     kept = torch.empty(entries, dtype=torch.float32, device=student.raw.device)
     if count:
         sparse_rows_kernel[(count,)](
-            student.raw, _or_dummy(gradient, student.raw), _or_dummy(student.bias, weight), teacher.starts, teacher.ends,
-            teacher.ids, teacher.logprobs, _or_dummy(teacher.importance, kept), _or_dummy(teacher.tail_logprob, kept), kept,
-            _or_dummy(labels, weight), weight, loss, _or_dummy(stats, loss), status, student.raw.stride(0),
+            student.raw, _or(gradient, student.raw), _or(student.bias, no_bias), teacher.starts, teacher.ends,
+            teacher.ids, teacher.logprobs, _or(teacher.importance, kept), _or(teacher.tail_logprob, kept), kept,
+            _or(labels, no_labels), weight, loss, _or(stats, loss), status, student.raw.stride(0),
             0 if gradient is None else gradient.stride(0), columns, _needs_labels(labels, job, want_stats),
             int(student.bias is not None), int(teacher.tail_logprob is not None), int(teacher.importance is not None),
             TAILS.index(job.tail), *_map(student, job.temperature), job.temperature, job.kd_weight, job.ce_weight,
             *_params(job), TERMS=triton_terms(job.divergence.kernel), N_PARAMS=len(job.divergence.values),
             HAS_GRADIENT=gradient is not None, HAS_STATS=want_stats, BLOCK=launch.block,
-            ENTRIES=config.entry_block(entries / count), num_warps=launch.num_warps,
+            ENTRIES=config.entry_block(entries / count), **launch.options,
         )
     return loss, stats, status
 
@@ -85,8 +88,8 @@ def _outputs(raw: Tensor, want_stats: bool) -> tuple[Tensor, Tensor | None, Tens
     return new(count, dtype=torch.float64), stats, new(count, dtype=torch.int32)
 
 
-def _or_dummy(x: Tensor | None, other: Tensor) -> Tensor:
-    """Some memory for a pointer that the kernel is told not to follow."""
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    """``x``, or other memory of its type for a pointer that the kernel is told not to follow."""
     return other if x is None else x
 
 
@@ -101,5 +104,5 @@ def _params(job: RowJob) -> tuple[float, float]:
 def _map(rows: RawRows, temperature: float) -> tuple[float, float, float, float]:
     """``factor, height, scale, relative`` of the kernels' logits."""
     if rows.softcap is None:
-        return rows.scale / temperature, 0.0, rows.scale, 0.0
-    return rows.scale / rows.softcap, rows.softcap / temperature, rows.scale, temperature / rows.softcap
+        return rows.scale / temperature, 0.0, float(rows.scale), 0.0
+    return rows.scale / rows.softcap, rows.softcap / temperature, float(rows.scale), temperature / rows.softcap

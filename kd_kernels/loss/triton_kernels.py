@@ -7,9 +7,7 @@ a lane, in fp32. A row of weight 0 costs its zeros; a row with something wrong i
 import triton
 import triton.language as tl
 
-from kd_kernels.triton_rows import (
-    LOWEST, add_to_argmax, add_to_normaliser, join_argmax, join_normaliser, load_logits, map_raw, p_log_p,
-)
+from kd_kernels.triton_rows import LOWEST, add_to_normaliser, join_normaliser, load_logits, p_log_p
 
 BAD_STUDENT = tl.constexpr(1)
 BAD_TEACHER = tl.constexpr(2)
@@ -43,6 +41,18 @@ def apply_terms(logp, logq, first_param, second_param, TERMS: tl.constexpr, N_PA
 
 
 @triton.jit
+def fold(x):
+    """Sums of four neighbours, which one lane holds: no data moves."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), 1)
+
+
+@triton.jit
+def first_where(holds, o_v):
+    """The least of four neighbours' ids for which it holds."""
+    return tl.min(tl.reshape(tl.where(holds, o_v, 2147483647), [o_v.shape[0] // 4, 4]), 1)
+
+
+@triton.jit
 def fill_zero(row_ptr, n_columns, BLOCK: tl.constexpr):
     """One row of zeros, in its own dtype."""
     o_b = tl.arange(0, BLOCK)
@@ -54,12 +64,12 @@ def fill_zero(row_ptr, n_columns, BLOCK: tl.constexpr):
 @triton.jit
 def read_label(labels_ptr, row, has_labels, n_columns):
     """The row's label, -1 where it has none or a bad one; and its status."""
-    label = tl.full([], -1, tl.int64)
+    label = tl.full([], -1, tl.int32)
     status = tl.full([], 0, tl.int32)
     if has_labels:
         given = tl.load(labels_ptr + row)
         usable = (given >= 0) & (given < n_columns)
-        label = tl.where(usable, given, label)
+        label = tl.where(usable, given.to(tl.int32), label)
         status = tl.where(usable, 0, BAD_LABEL)
     return label, status
 
@@ -145,9 +155,6 @@ def dense_rows_kernel(
         # First walk: normalisers.
         q_peak, p_peak = tl.full([BLOCK], LOWEST, tl.float32), tl.full([BLOCK], LOWEST, tl.float32)
         q_total, p_total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        if HAS_STATS:
-            q_best, p_best = tl.full([BLOCK], LOWEST, tl.float32), tl.full([BLOCK], LOWEST, tl.float32)
-            q_id, p_id = o_b, o_b
         for block in range(0, n_blocks):
             o_v = block * BLOCK + o_b
             mask = o_v < n_columns
@@ -155,9 +162,6 @@ def dense_rows_kernel(
             y = load_logits(teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, mask, teacher_factor, teacher_height)
             q_peak, q_total = add_to_normaliser(z, q_peak, q_total)
             p_peak, p_total = add_to_normaliser(y, p_peak, p_total)
-            if HAS_STATS:
-                q_best, q_id = add_to_argmax(z, o_v, q_best, q_id)
-                p_best, p_id = add_to_argmax(y, o_v, p_best, p_id)
         q_max, q_sum = join_normaliser(q_peak, q_total)
         p_max, p_sum = join_normaliser(p_peak, p_total)
         q_log_sum, p_log_sum = tl.log(q_sum), tl.log(p_sum)
@@ -169,16 +173,14 @@ def dense_rows_kernel(
         z_label = load_logits(
             student_row, student_bias_ptr, student_has_bias, at_label, label >= 0, student_factor, student_height
         )
-        y_label = load_logits(
-            teacher_row, teacher_bias_ptr, teacher_has_bias, at_label, label >= 0, teacher_factor, teacher_height
-        )
         ce = tl.where(label >= 0, ce_weight, 0.0)
         kd = kd_weight / temperature
 
         # Second walk: the sums of f and of g; the gradient as well where G is known. Third walk: the gradient.
-        f_lanes, g_lanes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        q_log_q, p_log_p_lanes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        untempered = tl.zeros([BLOCK], tl.float32)
+        f_lanes, g_lanes = tl.zeros([BLOCK // 4], tl.float32), tl.zeros([BLOCK // 4], tl.float32)
+        q_log_q, p_log_p_lanes = tl.zeros([BLOCK // 4], tl.float32), tl.zeros([BLOCK // 4], tl.float32)
+        untempered = tl.zeros([BLOCK // 4], tl.float32)
+        q_ids, p_ids = tl.full([BLOCK // 4], 2147483647, tl.int32), tl.full([BLOCK // 4], 2147483647, tl.int32)
         for i in range(0, n_blocks):
             if KNOWS_G and HAS_GRADIENT:  # the gradient may be narrower than the logits it replaces: write behind the reads
                 o_v = i * BLOCK + o_b
@@ -189,13 +191,15 @@ def dense_rows_kernel(
             y = load_logits(teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, mask, teacher_factor, teacher_height)
             logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
             f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
-            f_lanes += tl.where(mask, f, 0.0)
-            g_lanes += tl.where(mask, g, 0.0)
+            f_lanes += fold(tl.where(mask, f, 0.0))
+            g_lanes += fold(tl.where(mask, g, 0.0))
             if temperature != 1.0:
-                untempered += tl.exp((z - q_max) * temperature)
+                untempered += fold(tl.exp((z - q_max) * temperature))
             if HAS_STATS:
-                q_log_q += p_log_p(logq)
-                p_log_p_lanes += p_log_p(logp)
+                q_ids = tl.minimum(q_ids, first_where(z == q_max, o_v))
+                p_ids = tl.minimum(p_ids, first_where(y == p_max, o_v))
+                q_log_q += fold(p_log_p(logq))
+                p_log_p_lanes += fold(p_log_p(logp))
             if KNOWS_G and HAS_GRADIENT:
                 q = tl.exp(logq)
                 slot = tl.where(kd_weight != 0, (g - q * total_g) * kd, 0.0) + q * ce - tl.where(o_v == label, ce, 0.0)
@@ -212,7 +216,10 @@ def dense_rows_kernel(
         tl.store(loss_ptr + row, tl.where(status == 0, loss, nan).to(tl.float64))
         tl.store(status_ptr + row, status)
         if HAS_STATS:
-            student_top1, teacher_top1 = join_argmax(q_best, q_id), join_argmax(p_best, p_id)
+            student_top1, teacher_top1 = tl.min(q_ids, 0), tl.min(p_ids, 0)
+            y_label = load_logits(
+                teacher_row, teacher_bias_ptr, teacher_has_bias, at_label, label >= 0, teacher_factor, teacher_height
+            )
             teacher_label = tl.where(label >= 0, (y_label - p_max) - p_log_sum, nan)
             store_stats(
                 stats_ptr, row, divergence, -tl.sum(q_log_q, 0), -tl.sum(p_log_p_lanes, 0), student_top1 == teacher_top1,
@@ -310,16 +317,12 @@ def sparse_rows_kernel(
 
         # The tail's normaliser, and that of the kept ids.
         peak, total = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
-        if HAS_STATS:
-            best, best_id = tl.full([BLOCK], LOWEST, tl.float32), o_b
         for block in range(0, tl.cdiv(n_columns, BLOCK)):
             o_v = block * BLOCK + o_b
             raw = tl.load(student_row + o_v, mask=o_v < n_columns, other=KEPT)
             z = load_logits(student_row, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
             z = tl.where(raw == KEPT, -float("inf"), z)
             peak, total = add_to_normaliser(z, peak, total)
-            if HAS_STATS:
-                best, best_id = add_to_argmax(z, o_v, best, best_id)
         tail_max, tail_sum = join_normaliser(peak, total)
         kept_peak, kept_total = tl.full([ENTRIES], LOWEST, tl.float32), tl.zeros([ENTRIES], tl.float32)
         mass, wrong = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.int32)
@@ -375,12 +378,12 @@ def sparse_rows_kernel(
 
         untempered_total = q_sum
         if temperature != 1.0:
-            lanes = tl.zeros([BLOCK], tl.float32)
+            lanes = tl.zeros([BLOCK // 4], tl.float32)
             for block in range(0, tl.cdiv(n_columns, BLOCK)):
                 o_v = block * BLOCK + o_b
                 raw = tl.load(student_row + o_v, mask=o_v < n_columns, other=KEPT)
                 z = load_logits(student_row, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
-                lanes += tl.where(raw == KEPT, 0.0, tl.exp((z - q_max) * temperature))
+                lanes += fold(tl.where(raw == KEPT, 0.0, tl.exp((z - q_max) * temperature)))
             kept_lanes = tl.zeros([ENTRIES], tl.float32)
             for begin in range(first, last, ENTRIES):
                 o_k = begin + o_e
@@ -398,7 +401,8 @@ def sparse_rows_kernel(
         spread = tl.where(renormalise, 0.0, -sum_g)
         spread += tl.where(bucket & (tail_sum > 0), g_tail * (q_sum / tail_sum), 0.0)
         spread = tl.where(kd_weight != 0, spread * kd, 0.0)
-        q_log_q = tl.zeros([BLOCK], tl.float32)
+        q_log_q = tl.zeros([BLOCK // 4], tl.float32)
+        q_ids = tl.full([BLOCK // 4], 2147483647, tl.int32)
         if HAS_GRADIENT or HAS_STATS:
             for block in range(0, tl.cdiv(n_columns, BLOCK)):
                 o_v = block * BLOCK + o_b
@@ -409,7 +413,8 @@ def sparse_rows_kernel(
                 logq = (z - q_max) - q_log_sum
                 q = tl.exp(logq)
                 if HAS_STATS:
-                    q_log_q += p_log_p(logq)
+                    q_log_q += fold(p_log_p(logq))
+                    q_ids = tl.minimum(q_ids, first_where(z == q_max, o_v))
                 if HAS_GRADIENT:
                     slot = q * spread + ce_share_of(z, q, q_max, temperature, ce, untempered_total)
                     slot = (slot - tl.where(o_v == label, ce, 0.0)) * slope_of(z, scale, relative, height) * weight
@@ -449,9 +454,7 @@ def sparse_rows_kernel(
                 label_logp += tl.where(here & (ids == label), given, 0.0)
                 has_label_logp += (here & (ids == label)).to(tl.int32)
         if HAS_STATS:
-            student_top1 = tl.min(top_kept_id, 0)
-            if tail_max == q_max:
-                student_top1 = tl.minimum(student_top1, join_argmax(best, best_id).to(tl.int64))
+            student_top1 = tl.minimum(tl.min(top_kept_id, 0), tl.min(q_ids, 0).to(tl.int64))
             top_logp = tl.max(best_logp, 0)
             teacher_top1 = tl.min(tl.where(best_logp == top_logp, best_logp_id, 2147483647), 0)
             teacher_top1 = tl.where(last > first, teacher_top1, -1)

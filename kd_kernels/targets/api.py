@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import importlib
 from typing import Sequence
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kd_kernels import _backend, _check, products
 from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, vocab
-from kd_kernels.targets import cpp_impl, reference
 from kd_kernels.targets.truncated import INFINITE, NOT_A_NUMBER, Truncated
 
 WHERE = "topk_targets"
 MAX_K = 65_535  # what a row of the cache can hold
-BACKENDS = {"reference": reference.topk, "cpp": cpp_impl.topk}
+IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
+"""By backend, the module with its ``topk``; imported when the backend first runs."""
 
 
 def topk_targets(
@@ -74,12 +74,16 @@ def topk_targets(
         )
     _check_arguments(logits, k, mass)
     temperatures = _checked_temperatures(temperatures)
-    chosen = _backend.choose(WHERE, backend, logits.device, tuple(BACKENDS))
+    chosen = _backend.choose(WHERE, backend, logits.device, tuple(IMPLEMENTATIONS))
+    _backend.check_not_capturing(WHERE, "the call", "made outside", "a capture", "how many entries come out depends on the data")
+    if chosen == "triton":
+        _backend.check_triton_takes(WHERE, vocab(logits), *products.tensors_of(logits))
+    topk = importlib.import_module(f"kd_kernels.targets.{IMPLEMENTATIONS[chosen]}").topk
     others = tuple(t for t in temperatures if t != 1.0)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         noun = products.flattened(logits)
         dtype = products.work_dtype(*products.tensors_of(noun))
-        result = BACKENDS[chosen](noun, dtype, min(k, vocab(noun)), mass, others, max_scratch_bytes)
+        result = topk(noun, dtype, min(k, vocab(noun)), mass, others, max_scratch_bytes)
         _check_rows(result.counts)
         columns = iter(result.log_z.unbind(1))
         at_one = torch.zeros_like(result.tail_logprob)

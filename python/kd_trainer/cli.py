@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kd_trainer import bench_cli
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -72,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--offline-tiny", action="store_true", help="the same in seconds, on a model it trains itself")
     demo.add_argument("--fresh", action="store_true", help="start over")
     demo.set_defaults(run=_demo)
+
+    bench_cli.add_parser(commands)
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import oracles
 from judge import smallest_budget, sparse_targets
-from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, _backend, kd_loss
+from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, _backend, kd_loss, products
 from kd_kernels.testing import logits_pair
 
 N, V, H = 4, 12, 6
@@ -158,7 +159,7 @@ def with_value(tensor: torch.Tensor, index: tuple[int, ...] | int, value: float)
         ),
         (TypeError, r"stats must be a tuple of names, got str", dict(stats="divergence")),
         (ValueError, r"logits_dtype must be one of None, .*input.*, got 'bfloat16'", dict(logits_dtype="bfloat16")),
-        (ValueError, r"backend must be one of reference, cpp, triton, cuda, got 'metal'", dict(backend="metal")),
+        (ValueError, r"backend must be one of reference, cpp, triton, got 'metal'", dict(backend="metal")),
         (
             ValueError,
             r"group must be None, got .*; vocabulary-parallel heads are not in this version",
@@ -358,10 +359,75 @@ def test_temperature_that_the_targets_do_not_declare(backend: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_backends_that_do_not_exist_here(name: str) -> None:
-    with refuses(RuntimeError, rf'backend must be .*reference, cpp.*, got "{name}".*reference'):
-        kd_loss(STUDENT, TEACHER, backend=name)
+def test_unknown_backend() -> None:
+    with refuses(ValueError, "backend must be one of reference, cpp, triton, got 'cuda'"):
+        kd_loss(STUDENT, TEACHER, backend="cuda")
+
+
+@pytest.fixture
+def fresh_checks():
+    """What is found out about Triton and the GPU once a process is found out anew, before and after."""
+    caches = (_backend._triton, _backend._check_gpu)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes tensors of the CPU")
+def test_triton_refuses_a_tensor_of_the_cpu() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    with refuses(RuntimeError, r'backend must be one for tensors on cpu, got "triton"; move the tensors to a GPU, or pass .*cpp'):
+        kd_loss(STUDENT, TEACHER, backend="triton")
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, fresh_checks) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match=r'backend "triton" must be installed, got no module triton .*pip install "triton>=3.6"'):
+        kd_loss(STUDENT, TEACHER, backend="triton")
+
+
+def test_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch, fresh_checks) -> None:
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.raises(RuntimeError, match=r'triton must be 3.6 or newer, got 3.5.1; pip install "triton>=3.6"'):
+        kd_loss(STUDENT, TEACHER, backend="triton")
+
+
+def test_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch, fresh_checks) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with refuses(RuntimeError, r"the GPU must be of compute capability 8.0 or newer, got 7.5 \(Tesla T4\); pass backend="):
+        _backend.choose("kd_loss", None, torch.device("cuda", 0), ("reference", "cpp", "triton"))
+
+
+@pytest.mark.interpret
+def test_what_the_triton_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    with refuses(TypeError, r"tensors must be of dtype float32, bfloat16 or float16 .*got torch.float64; pass backend="):
+        kd_loss(STUDENT.double(), TEACHER, backend="triton")
+    monkeypatch.setattr(_backend, "MAX_VOCAB", STUDENT.shape[1] - 1)
+    with refuses(ValueError, rf'the vocabulary must be at most {STUDENT.shape[1] - 1} for backend="triton"'):
+        kd_loss(STUDENT, TEACHER, backend="triton")
+
+
+def test_out_of_memory_names_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(products.TensorSource, "open", no_room)
+    with refuses(torch.OutOfMemoryError, r"max_scratch_bytes must be smaller .*got 123456 bytes; .*Tried to allocate 2.00 GiB"):
+        kd_loss(STUDENT, TEACHER, max_scratch_bytes=123456, backend="reference")
+
+
+def test_capture_of_sizes_that_depend_on_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with refuses(RuntimeError, r"compact must be None or False while a CUDA graph is captured, got True; pass .* rows="):
+        kd_loss(STUDENT, TEACHER, compact=True, backend="reference")
 
 
 @pytest.mark.parametrize("asked", [None, "cpp"])

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from judge import CASES, Dense, Linear, Sparse, compare, run_library, run_oracle
-from kd_kernels.loss import cpp_impl, reference
+from kd_kernels.loss.driver import row_implementation
 from kd_kernels.testing import assert_as_good, linear_pair, logits_pair
 
-ROWS = {"reference": reference, "cpp": cpp_impl}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -101,7 +100,7 @@ def test_comparison_names_the_worst() -> None:
 def mutate_rows(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[[Tensor], Tensor]) -> None:
     """Every gradient that the backend's row pass writes is changed before the products with it."""
     for name in ("dense_rows", "sparse_rows"):
-        real = getattr(ROWS[backend], name)
+        real = getattr(row_implementation(backend), name)
 
         def mutated(student, teacher, job, labels, weight, gradient, want_stats, real=real):
             result = real(student, teacher, job, labels, weight, gradient, want_stats)
@@ -109,7 +108,7 @@ def mutate_rows(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[
                 gradient.copy_(change(gradient.clone()))
             return result
 
-        monkeypatch.setattr(ROWS[backend], name, mutated)
+        monkeypatch.setattr(row_implementation(backend), name, mutated)
 
 
 @pytest.mark.parametrize("mutation", ["scaled by 1.01", "off-target entries zero", "one entry zero", "one column late"])
@@ -152,8 +151,8 @@ def test_changed_jobs_of_the_library_fail(backend: str, change: Callable, monkey
     options = dict(labels=torch.arange(7), ce_weight=0.5, temperature=temperature, backend=backend)
     compare(student, teacher, "forward_kl", **options)
     for name in ("dense_rows", "sparse_rows"):
-        real = getattr(ROWS[backend], name)
-        monkeypatch.setattr(ROWS[backend], name, lambda s, t, job, *rest, real=real: real(s, t, change(job), *rest))
+        real = getattr(row_implementation(backend), name)
+        monkeypatch.setattr(row_implementation(backend), name, lambda s, t, job, *rest, real=real: real(s, t, change(job), *rest))
     with pytest.raises(AssertionError):
         compare(student, teacher, "forward_kl", **options)
 

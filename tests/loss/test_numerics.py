@@ -139,6 +139,8 @@ def test_number_of_threads_changes_no_bit_of_a_row(threads: int) -> None:
 
 def test_calls_from_several_threads(backend: str) -> None:
     """Two trainers in one process, or a data loader beside one: no shared state."""
+    if backend == "triton":
+        pytest.skip("threads: Triton's interpreter has one state for all of them")
     cases = [tuple(Dense(x) for x in logits_pair("near_0.3", 9, 500, seed=seed)) for seed in range(4)]
     want = [run_library(*case, "jsd(beta=0.5)", backend=backend) for case in cases]
     got: list = [None] * 4
@@ -242,6 +244,8 @@ def test_memory_stays_within_the_budget(
     backend: str, kind: str, reduction: str, dtype: torch.dtype, unpoisoned
 ) -> None:
     """Scratch, the gradients asked for, and the fp32 sum of a bf16 head's; a matrix of logits would not fit."""
+    if backend == "triton":
+        pytest.skip("memory: the interpreter's own arrays are larger than the scratch")
     rows, vocab, budget = 256, 8192, 2 << 20
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731

@@ -140,16 +140,17 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "mapped", "tensor", "ensemble", "mixture"])
 def test_topk_allocates_no_more_than_its_budget(kind: str, backend: str) -> None:
-    hidden, weight = head(rows=90, vocab=9000, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    rows = 30 if backend == "triton" else 90  # which the interpreter takes seconds for
+    hidden, weight = head(rows=rows, vocab=9000, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
     linear = LinearLogits(hidden, weight)
     noun = {
         "fp32": linear, "bf16": linear, "mapped": LinearLogits(hidden, weight, weight[:, 0].contiguous(), 0.5, 20.0),
-        "tensor": torch.randn(90, 9000, dtype=torch.bfloat16), "ensemble": EnsembleLogits((linear, linear)),
+        "tensor": torch.randn(rows, 9000, dtype=torch.bfloat16), "ensemble": EnsembleLogits((linear, linear)),
         "mixture": EnsembleLogits((linear, linear), space="prob"),
     }[kind]
-    budget = 3_000_000
-    result_bytes = 90 * (8 + 8 + 20 * 12 + 4 + 4 + 8)
-    whole_bytes = 90 * 9000 * 4
+    budget = rows * 33_000
+    result_bytes = rows * (8 + 8 + 20 * 12 + 4 + 4 + 8)
+    whole_bytes = rows * 9000 * 4
     options = dict(temperatures=(1.0, 2.0), max_scratch_bytes=budget, backend=backend)
     peak = peak_bytes(lambda: topk_targets(noun, 20, **options))
     assert whole_bytes > budget, "or the budget would be no constraint"
@@ -195,8 +196,8 @@ def test_topk_refuses_rows_that_are_bad_throughout(row: list[float], backend: st
     (ValueError, r"temperatures must be distinct, and at least one, got \(\)", {"temperatures": ()}),
     (TypeError, r"temperatures must be a sequence of numbers, got 2\.0; pass \(2\.0,\)", {"temperatures": 2.0}),
     (ValueError, r"max_scratch_bytes must be at least \d+ bytes, which one row takes", {"max_scratch_bytes": 10}),
-    (ValueError, r"backend must be one of reference, cpp, triton, cuda, got 'numpy'", {"backend": "numpy"}),
-    (RuntimeError, r"backend must be one that this version has: reference, cpp", {"backend": "triton"}),
+    (ValueError, r"backend must be one of reference, cpp, triton, got 'numpy'", {"backend": "numpy"}),
+    (RuntimeError, r'backend must be one for tensors on cpu, got "triton"; move the tensors to a GPU', {"backend": "triton"}),
     (TypeError, r"logits must be a tensor, LinearLogits or EnsembleLogits, got list", {"logits": [1.0]}),
     (TypeError, r"logits must be of dtype float32, bfloat16, .* got torch\.int64", {"logits": torch.ones(2, 3).long()}),
     (ValueError, r"logits must be of shape \[\.\.\., V\], got \[\]", {"logits": torch.tensor(1.0)}),

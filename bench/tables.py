@@ -1,0 +1,275 @@
+"""Text out of results: one function for each of the README's blocks, from the content of a file in bench/results/."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+from bench.cases import CASES, PRODUCTS
+
+MIB, GIB = 2**20, 2**30
+
+LABELS = {
+    "products": "bare matrix products",
+    "products_reused": "the same, into memory that exists already",
+    "products_fp32": "bare matrix products, in fp32",
+    "kd_kernels": "**kd-kernels**",
+    "kd_kernels_rounded_logits": '**kd-kernels**, `logits_dtype="input"`',
+    "torch_eager": "plain torch, all logits in fp32",
+    "torch_compile": "the same under `torch.compile`",
+    "torch_linear_cross_entropy": "torch's `F.linear_cross_entropy`, in chunks",
+    "checkpointed_chunks": "checkpointed chunks of 256 rows, in fp32",
+    "trl": "TRL {trl}, `ChunkedDivergenceFunction`",
+    "liger_jsd": "Liger {liger-kernel}, `LigerFusedLinearJSD`",
+    "liger_chunked": "Liger {liger-kernel}, `LigerFusedLinearJSDLoss`",
+    "liger_chunked_compiled": "the same, compiled",
+    "liger_kl": "Liger {liger-kernel}, `LigerFusedLinearKLDivLoss`",
+    "liger_flce": "Liger {liger-kernel}, `LigerFusedLinearCrossEntropyLoss`",
+    "fla": "flash-linear-attention {flash-linear-attention}, `FusedKLDivLoss`",
+    "cut_cross_entropy": "cut-cross-entropy {cut-cross-entropy}",
+    "torch_topk": "plain torch: product, `topk`, `logsumexp`",
+    "torch_topk_of_ready_logits": "`topk` and `logsumexp` alone, logits given",
+}
+"""A row of a table, by contender; versions are filled in from the results."""
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; every column but the first is flush right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def label(name: str, record: dict) -> str:
+    return LABELS[name].format(**{peer: version or "?" for peer, version in record["measured"]["peers"].items()})
+
+
+def shape_of(record: dict) -> str:
+    """``N=512, V=32768, Hs=512, Ht=1024``, with the widths that the op's products have, and k of a sparse teacher."""
+    shape, case = record["shape"], CASES[record["case"]]
+    widths = {PRODUCTS[product].width for product in case.products[record["mode"]]}
+    used = {"N": "rows", "V": "vocab", "Hs": "student_hidden", "Ht": "teacher_hidden", "k": "kept"}
+    left_out = {"student_hidden", "teacher_hidden"} - widths | (set() if case.has_entries else {"kept"})
+    return ", ".join(f"{letter}={shape[name]}" for letter, name in used.items() if name not in left_out)
+
+
+def percent(fraction: float) -> str:
+    """Two significant digits."""
+    return f"{float(f'{100 * fraction:.2g}'):g}%"
+
+
+def worst_error(result: dict, total_variation: str | None = None) -> float | None:
+    """The worse of dH and dW, at one distance or the worst of all; None of what has no gradient."""
+    by_distance = result.get("errors", {})
+    chosen = by_distance.values() if total_variation is None else [by_distance[total_variation]]
+    gradients = [errors[x] for errors in chosen for x in ("student_hidden", "student_weight") if x in errors]
+    return max(gradients, default=None)
+
+
+def took_part(*records: dict) -> list[str]:
+    """Contenders that ran in at least one of the records, in the order of :data:`LABELS`."""
+    ran = {name for r in records for name, result in r["contenders"].items() if "skipped" not in result}
+    return [name for name in LABELS if name in ran]
+
+
+def _skipped(*records: dict) -> str:
+    """A line for each contender that did not run, with the reason."""
+    reasons = {
+        (label(name, record), result["skipped"])
+        for record in records for name, result in record["contenders"].items() if "skipped" in result
+    }
+    return "".join(f"\n\nNot measured: {who} ({why})." for who, why in sorted(reasons))
+
+
+def _cells(record: dict, name: str, cell: Callable[[dict], list[str]], width: int) -> list[str]:
+    result = record["contenders"].get(name, {"skipped": ""})
+    return ["-"] * width if "skipped" in result else cell(result)
+
+
+def _provenance(results: dict) -> str:
+    """When and from which commit."""
+    moments = [record["measured"] for record in results["comparisons"].values()]
+    commits = sorted({(m["commit"] or "unknown")[:9] + ("+" if m["modified"] else "") for m in moments})
+    dates = sorted({moment["date"][:10] for moment in moments})
+    return f"torch {results['machine']['torch']}; {', '.join(dates)}, commit {', '.join(commits)}"
+
+
+# ---------------------------------------------------------------------------------------------------------- on a CPU
+
+
+def _machine(results: dict) -> str:
+    """On what, with what, when."""
+    on = results["machine"]
+    emulated = "" if any("bf16" in name for name in on["instruction_sets"]) else (
+        ". It has no bf16 instructions: torch emulates bf16 products, which takes longer than fp32, so a ratio to them "
+        "flatters whoever multiplies in fp32, as kd-kernels does; the last column is the honest one"
+    )
+    return (
+        f"{on['model']}, {on['cores']} cores, {on['memory_bytes'] / GIB:.0f} GiB, "
+        f"{', '.join(on['instruction_sets'])}; {_provenance(results)}{emulated}."
+    )
+
+
+def headline(results: dict) -> str:
+    """The numbers that matter, in two sentences."""
+    timed, held = results["comparisons"]["dense_fp32"], results["comparisons"]["memory_fp32"]
+    ours, plain = (timed["contenders"][name]["ratio"] for name in ("kd_kernels", "torch_eager"))
+    scratch, plain_scratch = (held["contenders"][name]["scratch_bytes"] / MIB for name in ("kd_kernels", "torch_eager"))
+    return (
+        f"On a CPU with {results['machine']['cores']} cores, in fp32, the loss and all gradients of "
+        f"`{timed['divergence']}` ({shape_of(timed)}) take **{ours:.2f} times** the bare matrix products; plain torch "
+        f"takes {plain:.2f} times. At {shape_of(held)} they need **{scratch:,.0f} MiB** beside the gradients; plain "
+        f"torch needs {plain_scratch:,.0f} MiB."
+    )
+
+
+def _times(results: dict, op: str) -> str:
+    """Times and ratios of an op in both dtypes."""
+    fp32, bf16 = (results["comparisons"][f"{op}_{dtype}"] for dtype in ("fp32", "bf16"))
+
+    def cells(result: dict) -> list[str]:
+        return [f"{result['p50_ms']:.0f}", f"{result['ratio']:.2f}"]
+
+    def cells_bf16(result: dict) -> list[str]:
+        return [*cells(result), f"{result['ratio_to_fp32_products']:.2f}"]
+
+    header = ["", "fp32, ms", "/ products", "bf16, ms", "/ bf16 products", "/ fp32 products"]
+    rows = [
+        [label(name, fp32), *_cells(fp32, name, cells, 2), *_cells(bf16, name, cells_bf16, 3)]
+        for name in took_part(fp32, bf16)
+    ]
+    rounds = f"{shape_of(fp32)}; medians of {fp32['rounds']} rounds in fp32 and {bf16['rounds']} in bf16"
+    return f"{rounds}.\n\n{table(header, rows)}{_skipped(fp32, bf16)}"
+
+
+def loss(results: dict) -> str:
+    """``kd_loss`` with gradients, dense and sparse."""
+    dense, sparse = (results["comparisons"][f"{op}_fp32"]["divergence"] for op in ("dense", "sparse"))
+    return (
+        f"{_machine(results)}\n\n"
+        f"A teacher with a head, `{dense}`, loss and gradients. {_times(results, 'dense')}\n\n"
+        f"A sparse teacher, `{sparse}` with the tail as one event; no teacher logits among its products. "
+        f"{_times(results, 'sparse')}"
+    )
+
+
+def cross_entropy(results: dict) -> str:
+    """``kd_loss`` of labels alone, beside fused cross-entropies."""
+    return f"Cross-entropy alone (`kd_weight=0`, no teacher), loss and gradients. {_times(results, 'ce')}"
+
+
+def topk(results: dict) -> str:
+    """``topk_targets`` from hidden states."""
+    return f"`topk_targets`, from hidden states. {_times(results, 'topk')}"
+
+
+def stats(results: dict) -> str:
+    """``token_stats`` from hidden states."""
+    return f"`token_stats`, from hidden states, without a gradient. {_times(results, 'stats')}"
+
+
+def precision(results: dict) -> str:
+    """Errors of the gradients, by how far the student is from the teacher, and what they cost."""
+    fp32, bf16 = records = [results["comparisons"][f"dense_{dtype}"] for dtype in ("fp32", "bf16")]
+    names = [n for n in took_part(*records) if not n.startswith("products")]
+    distances = list(bf16["contenders"]["kd_kernels"]["errors"])
+    header = ["", *(f"{dtype}, TV {tv}" for dtype in ("fp32", "bf16") for tv in distances), "bf16, ms"]
+
+    def cells(result: dict) -> list[str]:
+        return [percent(worst_error(result, tv)) for tv in distances]
+
+    def cells_bf16(result: dict) -> list[str]:
+        return [*cells(result), f"{result['p50_ms']:.0f}"]
+
+    rows = [
+        [
+            label(name, bf16), *_cells(fp32, name, cells, len(distances)),
+            *_cells(bf16, name, cells_bf16, len(distances) + 1),
+        ]
+        for name in names
+    ]
+    return (
+        f"Relative L2 error against float64, the worse of dH and dW, `{bf16['divergence']}`, {shape_of(bf16)}, logits "
+        f"of standard deviation {bf16['logit_std']:g}, by the total variation (TV) between student and teacher. A "
+        f"gradient that is exact but for its own rounding to bf16 has 0.17%.\n\n" + table(header, rows)
+    )
+
+
+def memory(results: dict) -> str:
+    """Scratch beside the gradients, in the dtypes that were measured."""
+    records = {d: r for d in ("fp32", "bf16") if (r := results["comparisons"].get(f"memory_{d}"))}
+    first = next(iter(records.values()))
+    mebibytes = lambda result: [f"{result['scratch_bytes'] / MIB:,.0f} MiB"]  # noqa: E731
+    rows = [
+        [label(name, first), *(cell for r in records.values() for cell in _cells(r, name, mebibytes, 1))]
+        for name in took_part(*records.values())
+    ]
+    gradients = ", ".join(
+        f"{r['contenders']['kd_kernels']['gradient_bytes'] / MIB:.0f} MiB in {d}" for d, r in records.items()
+    )
+    text = (
+        f"`{first['divergence']}`, {shape_of(first)}; kd-kernels with `max_scratch_bytes` of "
+        f"{first['budget_bytes'] / MIB:.0f} MiB. Peak resident memory above the level before the call, less the "
+        f"gradients that were asked for ({gradients}); one fp32 matrix of logits is "
+        f"{first['logits_bytes'] / MIB:,.0f} MiB.\n\n"
+    )
+    return text + table(["", *records], rows) + _skipped(*records.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def _gpu_block(record: dict) -> str:
+    """One comparison: times, ratio, memory, the worst gradient, launches."""
+    kind = f"`{record['divergence']}`, " if record["divergence"] else ""
+
+    def cells(result: dict) -> list[str]:
+        error = worst_error(result)
+        return [
+            f"{result['p50_ms']:.1f}", f"{result['p20_ms']:.1f} to {result['p80_ms']:.1f}", f"{result['ratio']:.2f}",
+            f"{result['scratch_bytes'] / GIB:.2f}" if "scratch_bytes" in result else "-",
+            "-" if error is None else percent(error),
+            f"{result['launches']} / {result['host_syncs']}" if "launches" in result else "-",
+        ]
+
+    header = ["", "ms", "p20 to p80", "/ products", "scratch, GiB", "worst gradient", "launches / syncs"]
+    rows = [[label(name, record), *_cells(record, name, cells, 6)] for name in took_part(record)]
+    about = f"`{record['case']}`, {kind}{record['dtype']}, {shape_of(record)}; medians of {record['rounds']} rounds"
+    return f"{about}.\n\n{table(header, rows)}{_skipped(record)}"
+
+
+def gpu(results: dict) -> str:
+    """Every comparison on a GPU, one table each."""
+    on, bounds = results["machine"], results["ceilings"]
+    text = (
+        f"{on['model']} (capability {on['capability']}, {on['memory_bytes'] / GIB:.0f} GiB, driver {on['driver']}, "
+        f"CUDA {on['cuda']}, Triton {on['triton']}); {_provenance(results)}. Measured ceilings: a copy moves "
+        f"{bounds['copy_bytes_per_s'] / 1e9:,.0f} GB/s, a product of {bounds['product']} does "
+        f"{bounds['product_flops_per_s'] / 1e12:,.0f} TFLOP/s. Scratch is peak allocated memory less inputs and "
+        f"gradients."
+    )
+    timed = [record for record in results["comparisons"].values() if record["kind"] == "time"]
+    return "\n\n".join([text, *(_gpu_block(record) for record in timed)])
+
+
+# ------------------------------------------------------------------------------------------------------------ the demo
+
+
+def demo(results: dict) -> str:
+    """What ``kdk demo`` wrote."""
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "perplexity": ("perplexity", lambda x: f"{x:.1f}"),
+        "forward_kl": (r"KL(p\|\|q)", lambda x: f"{x:.3f}"),
+        "reverse_kl": (r"KL(q\|\|p)", lambda x: f"{x:.3f}"),
+        "agreement": ("top-1 agreement", lambda x: f"{100 * x:.1f}%"),
+        "acceptance": ("acceptance", lambda x: f"{100 * x:.1f}%"),
+        "ece": ("ECE", lambda x: f"{x:.3f}"),
+    }
+    models = results["models"].items()
+    rows = [[name, *(show(model[key]) for key, (_, show) in columns.items())] for name, model in models]
+    minutes = sum(results["seconds"].values()) / 60
+    return (
+        table(["", *(title for title, _ in columns.values())], rows)
+        + f"\n\n{results['tokens']:,} held-out tokens; KL in nats a token; {minutes:.1f} minutes in all."
+    )
