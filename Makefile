@@ -3,9 +3,10 @@ SUPPORTED := import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+DEVICE ?= cpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
-.PHONY: demo test test-interpret bench build clean
+.PHONY: demo test bench build clean
 
 demo: $(VENV)/demo
 	$(BIN)/kdk demo
@@ -15,7 +16,7 @@ test: $(VENV)/built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
 
 bench: $(VENV)/built
-	$(BIN)/python -m pytest -q bench --benchmark-only
+	$(BIN)/python -m pytest -q bench --benchmark-only --device $(DEVICE)
 
 build: $(VENV)/built
 

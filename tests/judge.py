@@ -169,21 +169,31 @@ def run_library(
     *,
     requires: Sequence[str] | None = None,
     upstream: Tensor | None = None,
+    device: str = "cpu",
     **options,
 ) -> Outcome:
-    """kd_loss and its backward pass, with gradients of the leaves in ``requires`` (None: all); inputs stay as is."""
+    """kd_loss and its backward pass, with gradients of the leaves in ``requires`` (None: all); inputs stay as is.
+
+    On another ``device`` than the CPU the inputs are moved there and the outcome is moved back.
+    """
+    move = lambda x: x.to(device) if isinstance(x, (Tensor, SparseTargets)) else x  # noqa: E731
     wanted = list(student.leaves) if requires is None else list(requires)
-    leaves = {name: leaf.detach().requires_grad_(name in wanted) for name, leaf in student.leaves.items()}
-    given = {**student.leaves, **{f"teacher.{k}": v for k, v in teacher.leaves.items()}}
+    leaves = {name: move(leaf.detach()).requires_grad_(name in wanted) for name, leaf in student.leaves.items()}
+    fixed = {name: move(leaf) for name, leaf in teacher.leaves.items()}
+    given = {**{k: v.detach() for k, v in leaves.items()}, **{f"teacher.{k}": v for k, v in fixed.items()}}
     before = {name: leaf.clone() for name, leaf in given.items()}
-    result = kd_loss(student.noun(leaves), teacher.noun(teacher.leaves), divergence, **options)
+    options = {name: move(value) for name, value in options.items()}
+    result = kd_loss(student.noun(leaves), move(teacher.noun(fixed)), divergence, **options)
     if wanted:
-        result.loss.backward(torch.ones_like(result.loss) if upstream is None else upstream)
+        result.loss.backward(torch.ones_like(result.loss) if upstream is None else move(upstream))
     for name, leaf in given.items():
         assert torch.equal(leaf.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == (name in wanted), f"gradient of {name}: {leaf.grad is not None}"
-    return Outcome(result.loss.detach(), {name: leaves[name].grad for name in wanted}, result.stats)
+    if device == "cpu":
+        return Outcome(result.loss.detach(), {name: leaves[name].grad for name in wanted}, result.stats)
+    stats = {name: value.cpu() for name, value in result.stats.items()}
+    return Outcome(result.loss.detach().cpu(), {name: leaves[name].grad.cpu() for name in wanted}, stats)
 
 
 def smallest_budget(*args, **options) -> int:
@@ -314,3 +324,25 @@ def compare(
             what=f"d {divergence} / d {name}",
         )
     return ours
+
+
+HALF_PRECISION_ERROR = {torch.bfloat16: 5e-3, torch.float16: 6e-4}
+"""Relative L2 error of a gradient: what rounding the gradient of the logits, and the result, to half precision costs."""
+
+
+def compare_on_matrix_units(
+    student: Linear, teacher: Teacher, divergence: str, *, reduction: str, backend: str, device: str = "cpu", **options
+) -> None:
+    """As :func:`compare`; of a half-precision head, the gradients over all rows: their terms are rounded before they cancel."""
+    dtype, rows = student.weight.dtype, student.hidden.shape[0]
+    if dtype == torch.float32:
+        compare(student, teacher, divergence, reduction=reduction, backend=backend, library_only={"device": device}, **options)
+        return
+    upstream = torch.linspace(0.5, 1.5, rows) if reduction == "none" else None
+    given = dict(reduction=reduction, upstream=upstream, **options)
+    ours = run_library(student, teacher, divergence, backend=backend, device=device, **given)
+    truth = run_oracle(student, teacher, divergence, torch.float64, **given)
+    assert_as_good(ours.loss.reshape(-1, 1), truth.loss.float().reshape(-1, 1), truth.loss.reshape(-1, 1), unit=1.0, what="loss")
+    for name, gradient in ours.gradients.items():
+        error = (gradient.double() - truth.gradients[name]).norm() / truth.gradients[name].norm()
+        assert error < HALF_PRECISION_ERROR[dtype], f"{name}: {error}"

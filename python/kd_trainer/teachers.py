@@ -15,7 +15,7 @@ from kd_trainer.errors import fail
 from kd_trainer.models import CausalLM
 
 
-Targets = LinearLogits | SparseTargets
+Targets = LinearLogits | SparseTargets | None
 """What a teacher can say about a batch."""
 
 
@@ -32,16 +32,15 @@ class Teacher(Protocol):
 
 
 class NoTeacher:
-    """No target, for objectives with ``kd_weight`` 0: rows of which nothing is known, so that all mass is tail."""
+    """No target, for objectives with ``kd_weight`` 0."""
 
     name = "none"
 
     def check(self, documents: Sequence[Document]) -> None:
         pass
 
-    def targets(self, batch: Batch) -> SparseTargets:
-        zeros = torch.zeros(batch.rows.shape[0] + 1, device=batch.rows.device)
-        return SparseTargets(zeros.long(), zeros[:0].long(), zeros[:0], zeros[1:])
+    def targets(self, batch: Batch) -> None:
+        return None
 
 
 class LiveTeacher:
