@@ -50,9 +50,12 @@ def add_to_normaliser(z, peak, total):
 
 @triton.jit
 def join_normaliser(peak, total):
-    """Over the lanes: the row's maximum, and its sum of ``exp(z - max)``, which is NaN where a logit was NaN or +inf."""
+    """Over the lanes: the row's maximum, and its sum of ``exp(z - max)``, which is NaN where a logit was NaN or +inf.
+
+    In fp64, once a row: every log-probability of the row shares the error of this sum.
+    """
     top = tl.max(peak, 0)
-    return top, tl.sum(total * tl.exp(peak - top), 0)
+    return top, tl.sum((total * tl.exp(peak - top)).to(tl.float64), 0).to(tl.float32)
 
 
 @triton.jit

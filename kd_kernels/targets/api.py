@@ -34,7 +34,8 @@ def topk_targets(
 
     Args:
         logits: ``[..., V]`` or what stands for it; fp32, bf16, fp16 or fp64 ("triton": no fp64, and V up to 2^24). An
-            ensemble is reduced densely before anything is cut. Leading dimensions are flattened to N rows. A logit of -inf is a masked id, never kept.
+            ensemble is reduced densely before anything is cut. Leading dimensions are flattened to N rows. A logit of
+            -inf is a masked id, never kept.
         k: entries to keep in a row, 1 to 65,535. Rows with fewer than k ids that are not masked keep those.
         mass: keep only the shortest prefix of those k whose probability reaches ``mass``, 0 < mass <= 1; rows then
             differ in length. None: all k. At least one id is kept.
@@ -70,8 +71,8 @@ def topk_targets(
 
     ``triton``, a row: 4 V bytes are written by the product and read once (of logits that are given, V elements of their
     own dtype are read); then, with S near the root of 2 V / k, 16 V / S bytes of summaries (8 V / S more for each further
-    temperature), 4 k S of candidates and about 100 k of sorting and writing: at V = 128,256 and k = 64, 0.16 of the 4 V
-    for everything but the logits. Scratch: the products, the summaries, and 52 k bytes a row. Nothing waits for the
+    temperature), 4 k S of candidates and about 100 k of sorting and writing: at V = 128,256 and k = 64, 15 percent of
+    the 4 V for everything but the logits. Scratch: the products, the summaries, and 52 k bytes a row. Nothing waits for the
     device but the search for bad rows, once, at the end. Any k is taken; where V k is beyond 2^27, the selection reads
     its candidates from cache up to 32 times. Not yet measured on a GPU.
 
