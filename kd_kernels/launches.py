@@ -23,9 +23,10 @@ from typing import Any, Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor
 
+from kd_kernels import row_launch
 from kd_kernels.divergences import parse
 from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits
-from kd_kernels.loss import config, driver
+from kd_kernels.loss import driver
 from kd_kernels.loss.plan import TAILS, RowJob
 from kd_kernels.products import PITCH, RawRows, SparseRows
 from kd_kernels.stats.reference import RowStats
@@ -134,12 +135,12 @@ def recording(target: str) -> Iterator[list[Specialisation]]:
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launched.append(specialise(kernel, target, *args, **kwargs))
 
-    run, lanes_per_warp = JITFunction.run, config.lanes_per_warp
-    JITFunction.run, config.lanes_per_warp = record, lambda: TARGETS[target][2]
+    run, lanes_per_warp = JITFunction.run, row_launch.lanes_per_warp
+    JITFunction.run, row_launch.lanes_per_warp = record, lambda: TARGETS[target][2]
     try:
         yield launched
     finally:
-        JITFunction.run, config.lanes_per_warp = run, lanes_per_warp
+        JITFunction.run, row_launch.lanes_per_warp = run, lanes_per_warp
 
 
 # ---------------------------------------------------------------------------------------------------------------------

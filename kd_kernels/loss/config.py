@@ -1,49 +1,6 @@
-"""Launch numbers of the Triton row kernels: a pure function of the row and the device, never tuned on N.
-
-Not yet measured on a GPU. What they follow from: four fp32 logits a thread and block are one 16-byte load from each model, and the
-several fp32 sums that a lane keeps for each of them stay below 64 registers, so that two programs of 512 threads share a
-multiprocessor: 32 KB of loads in flight, where its share of the memory's bandwidth times its latency is about 25 KB.
-"""
+"""Launch numbers of the sparse row kernel that are its own; see ``row_launch.py`` for those of a row."""
 
 from __future__ import annotations
-
-import functools
-from dataclasses import dataclass
-
-import torch
-
-
-@dataclass(frozen=True)
-class Launch:
-    """``block`` columns at a time by ``num_warps`` warps, of lanes with at most ``max_registers`` (None: AMD's compiler decides)."""
-
-    block: int
-    num_warps: int
-    max_registers: int | None
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Of the launch."""
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.num_warps, **limit}
-
-
-@functools.lru_cache(maxsize=None)
-def lanes_per_warp() -> int:
-    """32, or what an AMD GPU says of itself."""
-    if torch.version.hip is None or not torch.cuda.is_available():
-        return 32
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
-
-
-def row_launch(vocab: int, warp_size: int | None = None) -> Launch:
-    """For kernels that walk a row of the vocabulary with one program: four columns a lane."""
-    warp_size = lanes_per_warp() if warp_size is None else warp_size
-    lanes = 128 if vocab <= 1024 else 256 if vocab <= 16_384 else 512
-    # Two programs of 512 lanes then share a multiprocessor's 65,536 registers. Left to itself, ptxas gives more than 64 to
-    # a lane, or spills some to make room for a third program.
-    max_registers = min(255, 65_536 // (2 * lanes)) if warp_size == 32 and torch.version.hip is None else None
-    return Launch(block=4 * lanes, num_warps=lanes // warp_size, max_registers=max_registers)
 
 
 def entry_block(entries_per_row: float) -> int:

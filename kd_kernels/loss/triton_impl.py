@@ -14,6 +14,7 @@ from kd_kernels.loss import config
 from kd_kernels.loss.plan import STATS, TAILS, RowJob, Rows
 from kd_kernels.loss.triton_kernels import dense_rows_kernel, scale_kernel, sparse_rows_kernel
 from kd_kernels.products import RawRows, SparseRows
+from kd_kernels.row_launch import row_launch
 
 NATIVE = True
 
@@ -32,7 +33,7 @@ def dense_rows(
     loss, stats, status = _outputs(student.raw, want_stats)
     # What the kernel is told not to follow still has the type of what it might: branches are compiled either way.
     no_bias, no_labels = loss.view(torch.float32), loss.view(torch.int64)
-    launch = config.row_launch(columns)
+    launch = row_launch(columns)
     # The cross-entropy's own normaliser, at temperature 1, is not known before the walk that would write the gradient.
     knows_g = job.divergence.total_g is not None and (job.temperature == 1.0 or job.ce_weight == 0)
     student_map, teacher_map = _map(student, job.temperature), _map(teacher, job.temperature)
@@ -57,7 +58,7 @@ def sparse_rows(
     count, columns = student.raw.shape
     loss, stats, status = _outputs(student.raw, want_stats)
     no_bias, no_labels = loss.view(torch.float32), loss.view(torch.int64)
-    launch, entries = config.row_launch(columns), teacher.ids.shape[0]
+    launch, entries = row_launch(columns), teacher.ids.shape[0]
     kept = torch.empty(entries, dtype=torch.float32, device=student.raw.device)
     if count:
         sparse_rows_kernel[(count,)](

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_kernels.loss.config import row_launch
 from kd_kernels.products import RawRows
+from kd_kernels.row_launch import row_launch
 from kd_kernels.stats.reference import RowStats
 from kd_kernels.stats.triton_kernels import token_stats_kernel
 

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_kernels import products
+from kd_kernels import products, row_launch
 from kd_kernels.logits import Logits, leading_shape, vocab
-from kd_kernels.loss import config as row_config
 from kd_kernels.targets import config
 from kd_kernels.targets.triton_kernels import (
     N_STATE, group_kernel, select_groups_kernel, select_logits_kernel, write_targets_kernel,
@@ -90,7 +89,7 @@ def _truncate(
     chunk: products.RawRows, group: int, k: int, mass: float, inverses: Tensor, scratch: Scratch, result: Truncated
 ) -> None:
     """One chunk. Bytes: see the kernels."""
-    raw, warp_size = chunk.raw, row_config.lanes_per_warp()
+    raw, warp_size = chunk.raw, row_launch.lanes_per_warp()
     count, columns = raw.shape
     n_groups, n_selected, n_further = scratch.maxima.shape[1], scratch.groups.shape[1], inverses.shape[0]
     bias = scratch.state if chunk.bias is None else chunk.bias  # some memory, not to be read

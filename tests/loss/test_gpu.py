@@ -13,7 +13,7 @@ from kd_kernels.testing import linear_pair, logits_pair
 pytestmark = pytest.mark.gpu
 
 ON_GPU = {"device": "cuda"}
-VOCABULARIES = [777, 5003, 40_000]  # one for each launch of config.row_launch, two of them odd
+VOCABULARIES = [777, 5003, 40_000]  # one for each launch of row_launch, two of them odd
 
 
 def heads(dtype: torch.dtype, rows: int = 33, vocab: int = 5003) -> tuple[Linear, Linear]:
