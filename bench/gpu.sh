@@ -73,7 +73,7 @@ if [ "$dry_run" = 0 ]; then
     part build 90 "$python" setup.py -q build_ext --inplace
 fi
 
-part tests 90 "$python" -m pytest -q -m gpu --continue-on-collection-errors "${tests[@]}"
+part tests 140 "$python" -m pytest -q -m gpu --continue-on-collection-errors "${tests[@]}"
 
 part compare 280 "$python" -m bench.side_by_side --device "$device" --plan cuda "${tiny[@]}" \
     --out "$results/gpu_side_by_side.json" "$@"
