@@ -53,12 +53,24 @@ def first_where(holds, o_v):
 
 
 @triton.jit
-def fill_zero(row_ptr, n_columns, BLOCK: tl.constexpr):
-    """One row of zeros, in its own dtype."""
-    o_b = tl.arange(0, BLOCK)
-    for begin in range(0, n_columns, BLOCK):
-        o_v = begin + o_b
-        tl.store(row_ptr + o_v, tl.zeros([BLOCK], tl.float32).to(row_ptr.dtype.element_ty), mask=o_v < n_columns)
+def skip_row(
+    gradient_ptr,  # [V]
+    loss_ptr,  # []
+    stats_ptr,  # [11]
+    status_ptr,  # []
+    n_columns, HAS_GRADIENT: tl.constexpr, HAS_STATS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """What a row of weight 0 has: no loss, no gradient, statistics of NaN."""
+    tl.store(loss_ptr, tl.zeros([], tl.float64))
+    tl.store(status_ptr, 0)
+    if HAS_STATS:
+        o_s = tl.arange(0, 16)
+        tl.store(stats_ptr + o_s, tl.full([16], float("nan"), tl.float64), mask=o_s < N_STATS)
+    if HAS_GRADIENT:
+        o_b = tl.arange(0, BLOCK)
+        for begin in range(0, n_columns, BLOCK):
+            nothing = tl.zeros([BLOCK], tl.float32).to(gradient_ptr.dtype.element_ty)
+            tl.store(gradient_ptr + begin + o_b, nothing, mask=begin + o_b < n_columns)
 
 
 @triton.jit
@@ -141,12 +153,9 @@ def dense_rows_kernel(
     gradient_row = gradient_ptr + row * gradient_stride
     nan = float("nan")
     if weight == 0:
-        tl.store(loss_ptr + row, tl.zeros([], tl.float64))
-        tl.store(status_ptr + row, 0)
-        if HAS_STATS:
-            tl.store(stats_ptr + row * N_STATS + tl.arange(0, 16), tl.full([16], nan, tl.float64), tl.arange(0, 16) < N_STATS)
-        if HAS_GRADIENT:
-            fill_zero(gradient_row, n_columns, BLOCK)
+        skip_row(
+            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_columns, HAS_GRADIENT, HAS_STATS, BLOCK
+        )
     else:
         o_b = tl.arange(0, BLOCK)
         n_blocks = tl.cdiv(n_columns, BLOCK)
@@ -271,12 +280,9 @@ def sparse_rows_kernel(
     student_row, gradient_row = student_ptr + row * student_stride, gradient_ptr + row * gradient_stride
     nan = float("nan")
     if weight == 0:
-        tl.store(loss_ptr + row, tl.zeros([], tl.float64))
-        tl.store(status_ptr + row, 0)
-        if HAS_STATS:
-            tl.store(stats_ptr + row * N_STATS + tl.arange(0, 16), tl.full([16], nan, tl.float64), tl.arange(0, 16) < N_STATS)
-        if HAS_GRADIENT:
-            fill_zero(gradient_row, n_columns, BLOCK)
+        skip_row(
+            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_columns, HAS_GRADIENT, HAS_STATS, BLOCK
+        )
     else:
         o_b, o_e = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
         first, last = tl.load(starts_ptr + row), tl.load(ends_ptr + row)
