@@ -28,6 +28,9 @@ from kd_kernels.logits import LinearLogits
 WEIGHT_TILE_BYTES = 8 << 20
 """Widened rows of a half-precision weight held at a time: enough columns for the product to run at full speed."""
 
+PRODUCT_COLUMNS = 8192
+"""Columns of a product on a CPU. A BLAS may split the sum over threads and then holds the result twice: this bounds the second."""
+
 
 @functools.lru_cache(maxsize=1)
 def has_native_bf16_products() -> bool:
@@ -92,7 +95,7 @@ class CpuHead(Head):
         self.tile_dtype = dtype
         width = self.weight.shape[1]
         self.widens = self.weight.dtype != dtype or self.autocast is not None
-        self.tile = max(64, WEIGHT_TILE_BYTES // (width * dtype.itemsize)) if self.widens else columns
+        self.tile = max(64, WEIGHT_TILE_BYTES // (width * dtype.itemsize)) if self.widens else PRODUCT_COLUMNS
         self.fixed_bytes = min(self.tile, columns) * width * dtype.itemsize if self.widens else 0
         inputs = {self.weight.dtype, linear.hidden.dtype} if self.autocast is None else {self.autocast}
         self.uses_bf16 = inputs == {torch.bfloat16} and has_native_bf16_products()
