@@ -329,3 +329,13 @@ def leading_shape(logits: Targets) -> torch.Size:
 def vocab(logits: Logits) -> int:
     """Number of columns of any dense noun that exist."""
     return logits.shape[-1] if isinstance(logits, Tensor) else logits.vocab
+
+
+def check_dense(where: str, logits: object) -> None:
+    """Raise unless ``logits`` is a dense noun of floats with at least one column."""
+    if not isinstance(logits, (Tensor, LinearLogits, EnsembleLogits)):
+        _check.fail_type(where, "logits", "a tensor, LinearLogits or EnsembleLogits", type(logits).__name__)
+    if isinstance(logits, Tensor) and _check.floating(where, "logits", logits).dim() < 1:
+        _check.fail(where, "logits", "of shape [..., V]", list(logits.shape))
+    if vocab(logits) < 1:
+        _check.fail(where, "logits", "of at least one column", 0)

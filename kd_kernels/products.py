@@ -53,6 +53,18 @@ class RawRows:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def factor_and_height(self, temperature: float = 1.0) -> tuple[float, float]:
+        """The map as Triton's kernels take it (``triton_rows.map_raw``), for logits over ``temperature``; height 0: no softcap."""
+        if self.softcap is None:
+            return self.scale / temperature, 0.0
+        return self.scale / self.softcap, self.softcap / temperature
+
+    def addresses(self) -> tuple[int, int, int, float, float]:
+        """As the C++ extension takes them: raw, its row stride, bias or 0, scale, softcap or 0."""
+        assert self.raw.stride(1) == 1 or self.raw.shape[1] == 1
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return self.raw.data_ptr(), self.raw.stride(0), bias, self.scale, self.softcap or 0.0
+
 
 class SparseRows(NamedTuple):
     """C rows of a sparse teacher: row i has the entries ``starts[i]`` to ``ends[i]`` of the arrays that all rows share."""

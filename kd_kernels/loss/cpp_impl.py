@@ -25,7 +25,7 @@ def dense_rows(
     """Rows of a dense teacher. Bytes: reads 2 C V and writes C V elements of the work dtype."""
     call, outputs = _job(student, job, labels, weight, gradient, want_stats)
     suffix = _suffix(student.raw)
-    getattr(extension(), f"dense_rows_{suffix}")(call, _raw_tuple(teacher))
+    getattr(extension(), f"dense_rows_{suffix}")(call, teacher.addresses())
     return outputs
 
 
@@ -47,12 +47,6 @@ def _suffix(raw: Tensor) -> str:
     return {torch.float32: "fp32", torch.float64: "fp64"}[raw.dtype]
 
 
-def _raw_tuple(rows: RawRows) -> tuple[int, int, int, float, float]:
-    assert rows.raw.stride(1) == 1 or rows.raw.shape[1] == 1
-    bias = 0 if rows.bias is None else rows.bias.data_ptr()
-    return rows.raw.data_ptr(), rows.raw.stride(0), bias, rows.scale, rows.softcap or 0.0
-
-
 def _job(
     student: RawRows, job: RowJob, labels: Tensor | None, weight: Tensor, gradient: Tensor | None, want_stats: bool
 ) -> tuple[object, Rows]:
@@ -64,7 +58,7 @@ def _job(
     stats = torch.empty(rows, len(STATS), dtype=torch.float64) if want_stats else None
     status = torch.empty(rows, dtype=torch.int32)
     call = extension().Job(
-        rows=rows, vocab=columns, student=_raw_tuple(student), formula=job.divergence.kernel,
+        rows=rows, vocab=columns, student=student.addresses(), formula=job.divergence.kernel,
         params=list(job.divergence.values), temperature=job.temperature, kd_weight=job.kd_weight, ce_weight=job.ce_weight,
         labels=0 if labels is None else labels.data_ptr(), weight=weight.data_ptr(),
         gradient=0 if gradient is None else gradient.data_ptr(),

@@ -104,6 +104,5 @@ def _params(job: RowJob) -> tuple[float, float]:
 
 def _map(rows: RawRows, temperature: float) -> tuple[float, float, float, float]:
     """``factor, height, scale, relative`` of the kernels' logits."""
-    if rows.softcap is None:
-        return rows.scale / temperature, 0.0, float(rows.scale), 0.0
-    return rows.scale / rows.softcap, rows.softcap / temperature, float(rows.scale), temperature / rows.softcap
+    relative = 0.0 if rows.softcap is None else temperature / rows.softcap
+    return *rows.factor_and_height(temperature), float(rows.scale), relative

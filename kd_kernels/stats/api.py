@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kd_kernels.loss  # noqa: F401  (registers loss_per_token_backward, which is the gradient of a log-probability)
 from kd_kernels import _backend, _check, products
-from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, leading_shape, vocab
+from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, check_dense, leading_shape, vocab
 from kd_kernels.loss.plan import Plan, pack, read, unpack
 from kd_kernels.stats.reference import RowStats
 
@@ -127,12 +127,7 @@ def token_stats(
 
 
 def _check_arguments(logits: object, k: object, max_scratch_bytes: object) -> None:
-    if not isinstance(logits, (Tensor, LinearLogits, EnsembleLogits)):
-        _check.fail_type(WHERE, "logits", "a tensor, LinearLogits or EnsembleLogits", type(logits).__name__)
-    if isinstance(logits, Tensor) and _check.floating(WHERE, "logits", logits).dim() < 1:
-        _check.fail(WHERE, "logits", "of shape [..., V]", list(logits.shape))
-    if vocab(logits) < 1:
-        _check.fail(WHERE, "logits", "of at least one column", 0)
+    check_dense(WHERE, logits)
     for name, value, kind in (("k", k, "an int"), ("max_scratch_bytes", max_scratch_bytes, "a number of bytes (int)")):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             _check.fail_type(WHERE, name, kind, type(value).__name__)

@@ -20,12 +20,10 @@ def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def stat_rows(rows: RawRows, ids: Tensor, out: RowStats) -> None:
     """Statistics of a chunk. Bytes: reads C V elements of the work dtype."""
-    raw, bias = rows.raw, rows.bias
-    assert raw.stride(1) == 1 or raw.shape[1] == 1
+    raw = rows.raw
     assert ids.dtype == torch.int64 and ids.is_contiguous()
     run = getattr(extension(), {torch.float32: "token_stats_fp32", torch.float64: "token_stats_fp64"}[raw.dtype])
     run(
-        logits=(raw.data_ptr(), raw.stride(0), 0 if bias is None else bias.data_ptr(), rows.scale, rows.softcap or 0.0),
-        rows=raw.shape[0], vocab=raw.shape[1], ids=ids.data_ptr(), threads=torch.get_num_threads(),
+        logits=rows.addresses(), rows=raw.shape[0], vocab=raw.shape[1], ids=ids.data_ptr(), threads=torch.get_num_threads(),
         **{name: field.data_ptr() for name, field in out._asdict().items()},
     )

@@ -21,10 +21,9 @@ def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
 def stat_rows(rows: RawRows, ids: Tensor, out: RowStats) -> None:
     """Statistics of a chunk. Bytes: see the kernel."""
     count, columns = rows.raw.shape
-    factor, height = (rows.scale, 0.0) if rows.softcap is None else (rows.scale / rows.softcap, rows.softcap)
     launch = row_launch(columns)
     if count:
         token_stats_kernel[(count,)](
             rows.raw, out.lse if rows.bias is None else rows.bias, ids, *out, rows.raw.stride(0), columns,
-            int(rows.bias is not None), factor, height, BLOCK=launch.block, num_warps=launch.num_warps,
+            int(rows.bias is not None), *rows.factor_and_height(), BLOCK=launch.block, num_warps=launch.num_warps,
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_kernels import _backend, _check, products
-from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, vocab
+from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, check_dense, vocab
 from kd_kernels.targets.truncated import INFINITE, NOT_A_NUMBER, Truncated
 
 WHERE = "topk_targets"
@@ -115,12 +115,7 @@ def _compressed(rows: Truncated, temperatures: tuple[float, ...], log_z: Tensor)
 
 
 def _check_arguments(logits: object, k: object, mass: object) -> None:
-    if not isinstance(logits, (Tensor, LinearLogits, EnsembleLogits)):
-        _check.fail_type(WHERE, "logits", "a tensor, LinearLogits or EnsembleLogits", type(logits).__name__)
-    if isinstance(logits, Tensor) and _check.floating(WHERE, "logits", logits).dim() < 1:
-        _check.fail(WHERE, "logits", "of shape [..., V]", list(logits.shape))
-    if vocab(logits) < 1:
-        _check.fail(WHERE, "logits", "of at least one column", 0)
+    check_dense(WHERE, logits)
     if isinstance(k, bool) or not isinstance(k, int):
         _check.fail_type(WHERE, "k", "an int", type(k).__name__)
     if not 1 <= k <= MAX_K:

@@ -94,7 +94,7 @@ def _truncate(
     n_groups, n_selected, n_further = scratch.maxima.shape[1], scratch.groups.shape[1], inverses.shape[0]
     bias = scratch.state if chunk.bias is None else chunk.bias  # some memory, not to be read
     has_bias = int(chunk.bias is not None)
-    factor, height = (chunk.scale, 0.0) if chunk.softcap is None else (chunk.scale / chunk.softcap, chunk.softcap)
+    factor, height = chunk.factor_and_height()
 
     launch = config.group_launch(columns, warp_size)
     n_blocks = -(-n_groups * group // launch.block)
