@@ -3,6 +3,8 @@
     checkpoints/step-00000040/   config.json model.safetensors tokenizer.json ...   the student
                                  run.json        step and identity of the run
                                  optimizer.pt    state of AdamW
+                                 objectives.pt   parameters that the method trains beside the student's
+                                 tokens.pt       replay buffer and schedule of the method's token source, of every process
                                  rng.pt          torch's generators, host and devices, of every process
 
 A checkpoint is filled under a temporary name, synced and renamed, so that one which is there is complete. The
@@ -14,37 +16,65 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kd_trainer.errors import fail
 from kd_trainer.files import new_folder
+from kd_trainer.methods.base import TokenSource
+
+
+class Progress(NamedTuple):
+    """What a run has beside its student's weights."""
+
+    optimizer: torch.optim.Optimizer
+    objectives: nn.Module
+    tokens: TokenSource
 
 
 def save(
     folder: Path, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer | None, step: int, identity: dict[str, object],
+    progress: Progress | None, step: int, identity: dict[str, object],
 ) -> None:
-    """Write a checkpoint, from the main process; every process must call. Without optimizer: the weights alone."""
+    """Write a checkpoint, from the main process; every process must call. Without progress: the weights alone."""
     generators = gather_object([_rng_state(accelerator.device)])
+    sources = gather_object([progress.tokens.state()]) if progress is not None else []
     if accelerator.is_main_process:
         with new_folder(folder) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / "run.json").write_text(json.dumps({"step": step, "identity": identity}, indent=1))
-            if optimizer is not None:
-                torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            if progress is not None:
+                torch.save(progress.optimizer.state_dict(), temporary / "optimizer.pt")
+                torch.save(progress.objectives.state_dict(), temporary / "objectives.pt")
+                torch.save(sources, temporary / "tokens.pt")
                 torch.save(generators, temporary / "rng.pt")
     accelerator.wait_for_everyone()
 
 
-def restore(folder: Path, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    """Optimiser and generators as they were; the weights were loaded with the model."""
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-    generators = torch.load(folder / "rng.pt", map_location="cpu", weights_only=True)
-    if len(generators) == accelerator.num_processes:  # on another number of processes dropout goes on from new seeds
+def restore(folder: Path, accelerator: Accelerator, progress: Progress) -> None:
+    """All that :class:`Progress` names as it was; the weights were loaded with the model.
+
+    Raises:
+        ValueError: the token source has a state, and the number of processes is another than it was.
+    """
+    load = lambda name: torch.load(folder / name, map_location="cpu", weights_only=True)  # noqa: E731
+    progress.optimizer.load_state_dict(load("optimizer.pt"))
+    progress.objectives.load_state_dict(load("objectives.pt"))
+    sources, generators = load("tokens.pt"), load("rng.pt")
+    same_world = len(generators) == accelerator.num_processes
+    if any(sources) and not same_world:
+        fail(
+            "train", "the number of processes", f"{len(sources)}, as when the replay buffer was saved",
+            accelerator.num_processes,
+        )
+    progress.tokens.load_state(sources[accelerator.process_index] if same_world else {})
+    if same_world:  # on another number of processes dropout goes on from new seeds
         state = generators[accelerator.process_index]
         torch.set_rng_state(state["host"])
         if state["device"] is not None:

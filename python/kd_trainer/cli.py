@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4")
     training.set_defaults(run=_train)
 
+    listing = commands.add_parser("methods", help="what can be trained by name, and what each needs")
+    listing.set_defaults(run=_methods)
+
     evaluation = commands.add_parser("eval", help="compare students with their teacher")
     evaluation.add_argument("--teacher", required=True, help="a model's name or folder, or smollm2-135m-instruct")
     evaluation.add_argument("--student", required=True, nargs="+", help="names or folders")
@@ -134,6 +137,12 @@ def _train(arguments: argparse.Namespace) -> None:
     from kd_trainer.trainer import train
 
     print(train(load_config(arguments.config, arguments.overrides)))
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from kd_trainer import registry
+
+    print(registry.describe())
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import yaml
 
 from kd_kernels import divergences
+from kd_trainer import registry
 from kd_trainer.errors import check_one_of, check_positive, fail
 
 DTYPES = ("float32", "bfloat16", "float16")
-METHODS = ("kd", "sft")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,28 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """How methods that train on generated text generate it."""
+
+    max_new_tokens: int = 128
+    prompt_tokens: int | None = None  # of a text without a prompt: so many first tokens are one; None: such texts are refused
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    batch_size: int = 16  # sequences that are generated together; changes no draw
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "prompt_tokens", "top_k", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                fail("config", f"rollout.{name}", "at least 1", value)
+        if not 0.0 <= self.temperature < float("inf"):
+            fail("config", "rollout.temperature", "finite and at least 0", self.temperature)
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            fail("config", "rollout.top_p", "in (0, 1]", self.top_p)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     lr: float = 3e-4  # AdamW, at the peak
     betas: tuple[float, float] = (0.9, 0.95)
@@ -133,19 +155,28 @@ class TrainConfig:
 @dataclass(frozen=True)
 class Config:
     out: str = ""  # folder of the run
-    method: str = "kd"  # kd: from a teacher, live or cached; sft: next-token cross-entropy alone
+    method: str = "kd"  # a name that kdk methods lists
     cache: str | None = None  # folder of the teacher's cache; None: the teacher is run
     tokenizer: str | None = None  # None: the teacher's, or where there is no teacher the student's
     seed: int = 0
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    more_teachers: tuple[TeacherConfig, ...] = ()  # of methods that have several
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    options: object = None  # the method's own settings; None: all of its defaults
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        check_one_of("config", "method", self.method, METHODS)
+        method = registry.spec(self.method)
+        options = method.options() if self.options is None else self.options
+        if isinstance(options, dict):
+            options = from_tree(method.options, options, "options.")
+        if type(options) is not method.options:
+            fail("config", "options", f"those of method {self.method}", type(options).__name__)
+        object.__setattr__(self, "options", options)
         if not self.out:
             fail("config", "out", "the folder of the run", repr(self.out))
         if not 0 <= self.seed < 2**31:
@@ -159,10 +190,7 @@ class Config:
             )
         if self.student.layers is not None and self.teacher.model is None:
             fail("config", "teacher.model", "given when the student is cut from its layers", None)
-        if self.method == "kd" and self.teacher.model is None and self.cache is None:
-            fail("config", "teacher.model or cache", "given for method kd", None, "method: sft needs neither")
-        if self.method == "sft" and self.cache is not None:
-            fail("config", "cache", "absent for method sft, which has no teacher", self.cache)
+        method.check(self)
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -196,7 +224,10 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def from_tree(kind: type, tree: dict, prefix: str = ""):
-    """A config dataclass from nested dicts, with every key and type checked."""
+    """A config dataclass from nested dicts, with every key and type checked; what a method's paper decides stands in
+    for what a :class:`Config` leaves out."""
+    if kind is Config:
+        tree = _merged(registry.spec(tree.get("method", Config.method)).defaults, tree)
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in tree.items():
@@ -210,8 +241,16 @@ def from_tree(kind: type, tree: dict, prefix: str = ""):
     return kind(**values)
 
 
+def _merged(defaults: typing.Mapping, tree: typing.Mapping) -> dict:
+    """``tree``, with keys of ``defaults`` where it has none, section by section."""
+    both = {key: _merged(defaults[key], tree[key]) for key in defaults.keys() & tree.keys() if isinstance(tree[key], dict)}
+    return {**defaults, **tree, **both}
+
+
 def _convert(value: object, hint: object, name: str) -> object:
     """``value`` as the declared type; YAML 1.1 reads ``3e-4`` as a string, so numbers may be text."""
+    if hint is object:
+        return value
     if isinstance(hint, types.UnionType):
         if value is None:
             return None

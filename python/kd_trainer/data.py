@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kd_kernels import SparseTargets
 from kd_trainer import assets
 from kd_trainer.config import DataConfig
 from kd_trainer.errors import fail
@@ -29,10 +30,22 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens (int64 ``[L]``) and the index of the first one that is a target: 1, or where the completion begins."""
+    """Tokens that a model reads, and which of its predictions count.
+
+    Args:
+        tokens: int64 ``[L]``.
+        first_target: index of the first token that is a target: 1, or where the completion begins.
+        labels: int64 ``[L - 1]``, what the rows should predict where that is not ``tokens[1:]`` (a context that was
+            rewritten, with the labels of the text that it was made of). -100 where a row does not count.
+        tag: which of a method's objectives it is for.
+        targets: the teacher's rows for these tokens, L - 1 of them, where they are kept beside the document.
+    """
 
     tokens: Tensor
     first_target: int = 1
+    labels: Tensor | None = None
+    tag: str = "main"
+    targets: SparseTargets | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -40,7 +53,15 @@ class Document:
     @property
     def counted(self) -> Tensor:
         """bool ``[L - 1]``: the rows whose prediction counts."""
-        return torch.arange(1, len(self)) >= self.first_target
+        after_prompt = torch.arange(1, len(self)) >= self.first_target
+        return after_prompt if self.labels is None else after_prompt & (self.labels != IGNORED)
+
+    @property
+    def key(self) -> int:
+        """64 bits of the tokens and of where the completion begins: names the document in draws, whatever its place."""
+        digest = hashlib.blake2b(self.first_target.to_bytes(8, "little"), digest_size=8)
+        digest.update(self.tokens.numpy().tobytes())
+        return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 @dataclass(frozen=True)
@@ -231,6 +252,11 @@ class Batch:
     labels: Tensor
     counted: Tensor
 
+    @property
+    def tag(self) -> str:
+        """The tag of its documents, which is one."""
+        return self.documents[0].tag
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on another device."""
         tensors = (self.input_ids, self.position_ids, self.rows, self.labels, self.counted)
@@ -276,7 +302,7 @@ def collate(documents: Sequence[Document], row_length: int, packing: bool = True
 
     rows = torch.cat([first + torch.arange(len(document) - 1) for first, document in zip(first_row, documents)])
     counts = torch.cat([document.counted for document in documents])
-    labels = torch.cat([document.tokens[1:] for document in documents]).masked_fill(~counts, IGNORED)
+    labels = torch.cat([d.tokens[1:] if d.labels is None else d.labels for d in documents]).masked_fill(~counts, IGNORED)
     return Batch(tuple(documents), input_ids, position_ids, rows, labels, counts.nonzero().squeeze(1))
 
 

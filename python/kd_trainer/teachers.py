@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -14,6 +14,9 @@ from kd_trainer.data import Batch, Document
 from kd_trainer.errors import fail
 from kd_trainer.models import CausalLM
 
+if TYPE_CHECKING:
+    from kd_trainer.config import Config
+    from kd_trainer.methods.base import Parts
 
 Targets = LinearLogits | SparseTargets | None
 """What a teacher can say about a batch."""
@@ -134,3 +137,22 @@ def open_cache(folder: str, *, teacher: str | None, tokenizer: str, vocab: int, 
             f"build it with kdk cache build --temperatures 1 {temperature:g}",
         )
     return reader
+
+
+def teacher_of(config: Config, parts: Parts) -> Teacher:
+    """The teacher of methods that take either: the model, run on every batch, or the cache of its rows.
+
+    Raises:
+        CacheError, ValueError: as :func:`open_cache`; a model with another vocabulary than the student's.
+    """
+    if config.cache is not None:
+        return CachedTeacher(open_cache(
+            config.cache, teacher=parts.teacher_fingerprints[0], tokenizer=parts.tokenizer_fingerprint,
+            vocab=parts.student.vocab, temperature=config.objective.temperature,
+        ))
+    if parts.teachers[0].vocab != parts.student.vocab:
+        fail(
+            "train", "the student's vocabulary", f"the teacher's {parts.teachers[0].vocab}", parts.student.vocab,
+            "teacher and student must share a tokenizer",
+        )
+    return LiveTeacher(parts.teachers[0], parts.teacher_fingerprints[0])

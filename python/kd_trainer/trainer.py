@@ -12,44 +12,47 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kd_trainer import checkpoint, methods
-from kd_trainer.config import Config, DataConfig, OptimConfig, to_yaml
+from kd_trainer import checkpoint, methods, registry
+from kd_trainer.config import Config, OptimConfig, TeacherConfig, to_yaml
 from kd_trainer.data import Batch, Document, collate, data_fingerprint, deal, load_documents
 from kd_trainer.errors import fail
 from kd_trainer.files import progress
-from kd_trainer.methods.base import Objective
+from kd_trainer.methods.base import Method, Objective
 from kd_trainer.models import (
     CausalLM, check_same_vocabulary, cut_layers, load_pretrained, load_tokenizer, model_fingerprint,
     tokenizer_fingerprint, vocab_of,
 )
 from kd_trainer.plot import plot_run
-from kd_trainer.teachers import Targets, Teacher
+from kd_trainer.teachers import Targets
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class LossModule(nn.Module):
-    """Student and objective in one forward, so that wrappers for distribution see every parameter used inside it."""
+    """Student and objectives in one forward, so that wrappers for distribution see every parameter used inside it."""
 
-    def __init__(self, student: CausalLM, objective: Objective, max_scratch_bytes: int | None) -> None:
+    def __init__(
+        self, student: CausalLM, objectives: Mapping[str, Objective], max_scratch_bytes: int | None = None
+    ) -> None:
         super().__init__()
         self.student = student
-        self._objective = objective
+        self.objectives = nn.ModuleDict(objectives)
         self._max_scratch_bytes = max_scratch_bytes
 
     def forward(self, batch: Batch, targets: Targets, normalizer: float) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and the sum of each statistic over the rows that count."""
-        result = self._objective.loss(self.student(batch), targets, batch, normalizer, self._max_scratch_bytes)
-        return result.loss, torch.stack([result.stats[name][batch.counted].sum() for name in self._objective.stats])
+        objective = self.objectives[batch.tag]
+        result = objective(self.student, targets, batch, normalizer, self._max_scratch_bytes)
+        return result.loss, torch.stack([result.stats[name][batch.counted].sum() for name in objective.stats])
 
 
 def train(config: Config) -> Path:
@@ -80,7 +83,7 @@ def train(config: Config) -> Path:
     method = methods.build(config, parts)
     method.teacher.check(parts.documents)
     if config.data.packing:
-        for model in filter(None, (parts.student, parts.teacher_model)):
+        for model in (parts.student, *parts.teachers):
             model.check_packing()
     plan = method.tokens.plan
     steps = config.train.steps or plan.steps_in(config.train.epochs)
@@ -93,13 +96,14 @@ def train(config: Config) -> Path:
         accelerator.print(f"{out} holds this run, finished")
         return out / "model"
 
-    optimizer = _optimizer(parts.student, config.optim)
     if config.train.gradient_checkpointing:
         parts.student.model.gradient_checkpointing_enable({"use_reentrant": False})
     scratch = None if config.train.max_scratch_mib is None else config.train.max_scratch_mib * 2**20
-    module, optimizer = accelerator.prepare(LossModule(parts.student, method.objective, scratch), optimizer)
+    losses = LossModule(parts.student, method.objectives, scratch)
+    module, optimizer = accelerator.prepare(losses, _optimizer(losses, config.optim))
+    going_on = checkpoint.Progress(optimizer, losses.objectives, method.tokens)
     if resume_from:
-        checkpoint.restore(resume_from, accelerator, optimizer)
+        checkpoint.restore(resume_from, accelerator, going_on)
     module.train()
 
     is_main = accelerator.is_main_process
@@ -111,12 +115,10 @@ def train(config: Config) -> Path:
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            dealt = deal(method.tokens.step(step), pieces)
-            count = sum(int(document.counted.sum()) for part in dealt for document in part)
-            sums = accumulate(accelerator, module, method.teacher, dealt, count, config.data)
+            share = deal(method.tokens.step(step), accelerator.num_processes)[accelerator.process_index]
+            documents = method.tokens.produce(share, step)
+            metrics = accumulate(accelerator, module, method, documents, config)
             norm = accelerator.clip_grad_norm_(module.parameters(), config.optim.clip or math.inf)
-            means = (sums / count).tolist()
-            metrics = dict(zip(("loss", *method.objective.stats), means))
             if not (math.isfinite(metrics["loss"]) and math.isfinite(float(norm))):
                 raise ValueError(
                     f"train: loss and gradient must be finite, got {metrics['loss']} and {float(norm)} at step "
@@ -124,15 +126,15 @@ def train(config: Config) -> Path:
                 )
             optimizer.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            metrics["next_token_loss"] = -metrics.pop("label_logprob")
-            metrics |= {"grad_norm": float(norm), "lr": lr, "tokens": count, "tokens_per_s": count / seconds}
+            metrics |= method.after_step(step, metrics)
+            seconds, count = time.perf_counter() - began, metrics["tokens"]
+            metrics |= {"grad_norm": float(norm), "lr": lr, "tokens_per_s": count / seconds}
             log.write(step + 1, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{count / seconds:.0f}", refresh=False)
             bar.update()
             if config.train.save_every and (step + 1) % config.train.save_every == 0 and step + 1 < steps:
                 folder = out / "checkpoints" / f"step-{step + 1:08d}"
-                checkpoint.save(folder, accelerator, parts.student.model, tokenizer, optimizer, step + 1, identity)
+                checkpoint.save(folder, accelerator, parts.student.model, tokenizer, going_on, step + 1, identity)
                 if is_main:
                     checkpoint.keep_last(out / "checkpoints", config.train.keep_checkpoints)
 
@@ -143,29 +145,49 @@ def train(config: Config) -> Path:
 
 
 def accumulate(
-    accelerator: Accelerator, module: nn.Module, teacher: Teacher, dealt: Sequence[Sequence[Document]], count: int,
-    data: DataConfig,
-) -> Tensor:
-    """Add the gradient of one step's mean loss to the parameters, micro-batch by micro-batch.
+    accelerator: Accelerator, module: nn.Module, method: Method, documents: Sequence[Document], config: Config
+) -> dict[str, float]:
+    """Add the gradient of one step's loss to the parameters, micro-batch by micro-batch.
 
     Args:
-        dealt: the step's documents in accumulation x processes parts, the same on every process, which takes its own.
-        count: rows that count in all of them.
+        documents: what this process trains on in the step; ``train.accumulation`` micro-batches for each tag.
 
     Returns:
-        Over all processes, the sum of the rows' losses, then the sum of each statistic of the objective.
+        ``loss``, the sum over tags of the means over all processes' rows; ``tokens``, the rows that count; and the mean of
+        each statistic, of a method with several tags under ``<tag>/<name>``.
+
+    Raises:
+        ValueError: no process has a row that counts.
     """
-    mine = dealt[accelerator.process_index :: accelerator.num_processes]
-    # data-parallel wrappers average over processes: dividing by the mean count makes the average the global mean
-    normalizer = count / accelerator.num_processes
-    sums: Tensor | float = 0.0
-    for i, documents in enumerate(mine):
-        batch = collate(documents, data.max_length, data.packing).to(accelerator.device)
-        with contextlib.nullcontext() if i + 1 == len(mine) else accelerator.no_sync(module):
-            loss, stats = module(batch, teacher.targets(batch), normalizer)
+    groups = method.group(documents)
+    own = [sum(int(document.counted.sum()) for document in group) for group in groups.values()]
+    counts = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+    if not sum(counts):
+        fail("train", "a step", "left with tokens that count", "none", "were all roll-outs empty? see rollout.* and data.*")
+    micro_batches = [
+        (tag, part, count)
+        for (tag, group), count in zip(groups.items(), counts)
+        for part in deal(group, config.train.accumulation)
+        if any(bool(document.counted.any()) for document in part)
+    ]
+    sums = {tag: torch.zeros(1 + len(method.objectives[tag].stats), device=accelerator.device) for tag in groups}
+    for i, (tag, part, count) in enumerate(micro_batches):
+        batch = collate(part, config.data.max_length, config.data.packing).to(accelerator.device)
+        # data-parallel wrappers average over processes: dividing by the mean count makes the average the global mean
+        normalizer = count / accelerator.num_processes
+        with contextlib.nullcontext() if i + 1 == len(micro_batches) else accelerator.no_sync(module):
+            targets = method.teacher.targets(batch) if method.objectives[tag].has_teacher else None
+            loss, stats = module(batch, targets, normalizer)
             accelerator.backward(loss)
-        sums = sums + torch.cat([loss.detach()[None] * normalizer, stats])
-    return accelerator.reduce(sums, "sum")
+        sums[tag] = sums[tag] + torch.cat([loss.detach()[None] * normalizer, stats])
+    metrics = {"loss": 0.0, "tokens": int(sum(counts))}
+    for (tag, total), count in zip(sums.items(), counts):
+        loss, *means = (accelerator.reduce(total, "sum") / max(count, 1.0)).tolist()
+        metrics["loss"] += loss
+        prefix = f"{tag}/" if len(groups) > 1 else ""
+        for name, mean in zip(method.objectives[tag].stats, means):
+            metrics[prefix + name.replace("label_logprob", "next_token_loss")] = -mean if name == "label_logprob" else mean
+    return metrics
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -185,33 +207,43 @@ def load_parts(config: Config, student_folder: Path | None = None) -> tuple[meth
     """
     tokenizer_name = config.tokenizer or config.teacher.model or config.student.model
     tokenizer = load_tokenizer(tokenizer_name)
-    for model, whose in ((config.teacher.model, "the teacher"), (config.student.model, "the student")):
+    teachers = [(teacher.model, "the teacher") for teacher in (config.teacher, *config.more_teachers)]
+    for model, whose in (*teachers, (config.student.model, "the student")):
         if model not in (None, tokenizer_name):
             check_same_vocabulary(tokenizer, model, whose)
     vocab = vocab_of(tokenizer)
-    teacher = fingerprint = None
-    runs_teacher = config.method != "sft" and config.cache is None
-    if config.teacher.model is not None and (config.method != "sft" or config.student.layers is not None):
-        teacher = load_pretrained(config.teacher.model, config.teacher.dtype)
-        fingerprint = model_fingerprint(teacher)
-        if config.teacher.fingerprint not in (None, fingerprint):
-            fail("train", "the teacher's fingerprint", config.teacher.fingerprint, fingerprint)
+    method = registry.spec(config.method)
+    runs_teacher = method.has_teacher and config.cache is None
+    loaded = [
+        _load_teacher(teacher) for teacher in (config.teacher, *config.more_teachers)
+        if teacher.model is not None and (method.has_teacher or config.student.layers is not None)
+    ] or [(None, config.teacher.fingerprint)]
     if student_folder is not None:
         student = load_pretrained(str(student_folder), config.student.dtype)
     elif config.student.model is not None:
         student = load_pretrained(config.student.model, config.student.dtype)
     else:
-        student = cut_layers(teacher, config.student.layers).to(getattr(torch, config.student.dtype))
+        student = cut_layers(loaded[0][0], config.student.layers).to(getattr(torch, config.student.dtype))
     student = CausalLM(student, vocab)
     documents = load_documents(config.data, tokenizer, student.vocab)
     parts = methods.Parts(
         student=student,
         documents=documents,
+        tokenizer=tokenizer,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        teacher_model=CausalLM(teacher, vocab) if runs_teacher else None,
-        teacher_fingerprint=fingerprint or config.teacher.fingerprint,
+        teachers=tuple(CausalLM(model, vocab) for model, _ in loaded) if runs_teacher else (),
+        teacher_fingerprints=tuple(fingerprint for _, fingerprint in loaded),
     )
     return parts, tokenizer
+
+
+def _load_teacher(teacher: TeacherConfig) -> tuple[PreTrainedModel, str]:
+    """A teacher and its fingerprint, which is the one that was asked for."""
+    model = load_pretrained(teacher.model, teacher.dtype)
+    fingerprint = model_fingerprint(model)
+    if teacher.fingerprint not in (None, fingerprint):
+        fail("train", f"the fingerprint of teacher {teacher.model}", teacher.fingerprint, fingerprint)
+    return model, fingerprint
 
 
 def _resume_point(out: Path, config: Config) -> Path | None:
@@ -226,7 +258,10 @@ def _resume_point(out: Path, config: Config) -> Path | None:
 def _identity(config: Config, steps: int, parts: methods.Parts, teacher: str) -> dict[str, object]:
     """What makes two runs the same one, apart from rounding."""
     student = parts.student.model
-    sections = {"student": config.student, "objective": config.objective, "optim": config.optim}
+    sections = {
+        "student": config.student, "objective": config.objective, "rollout": config.rollout, "options": config.options,
+        "optim": config.optim,
+    }
     return {
         "method": config.method, "seed": config.seed, "steps": steps, "batch_tokens": config.train.batch_tokens,
         "precision": config.train.precision, "data": data_fingerprint(parts.documents), "teacher": teacher,
@@ -234,8 +269,8 @@ def _identity(config: Config, steps: int, parts: methods.Parts, teacher: str) ->
     } | {f"{name}.{key}": value for name, part in sections.items() for key, value in dataclasses.asdict(part).items()}
 
 
-def _optimizer(student: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

@@ -21,8 +21,8 @@ from kd_kernels import divergences
 from kd_kernels.cache import CacheError
 from kd_trainer.cache_build import CacheOptions, build_cache
 from kd_trainer.config import DataConfig, OptimConfig, to_yaml
-from kd_trainer.data import deal, load_documents
-from kd_trainer.methods.base import Objective
+from kd_trainer.data import load_documents
+from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method
 from kd_trainer.models import CausalLM, load_pretrained, load_tokenizer
 from kd_trainer.teachers import LiveTeacher
 from kd_trainer.tiny import save_tiny_model
@@ -62,7 +62,8 @@ def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(make_config
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     stats = ("divergence", "label_logprob")
-    objective = Objective(divergences.parse("jsd(beta=0.3)"), 0.7, 0.3, 1.5, True, "bucket", stats)
+    objective = DivergenceObjective(divergences.parse("jsd(beta=0.3)"), 0.7, 0.3, 1.5, True, "bucket", stats)
+    method = Method.single("kd", DatasetTokens.of(config, documents), teacher, objective)
     accelerator = Accelerator()
 
     total = torch.zeros((), dtype=torch.float64)
@@ -77,11 +78,12 @@ def test_the_gradient_does_not_depend_on_the_number_of_micro_batches(make_config
     (total / count).backward()
     expected = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
 
-    module = LossModule(CausalLM(student), objective, None)
+    module = LossModule(CausalLM(student), method.objectives)
     for parts in (1, 2, 4):
         student.zero_grad()
-        sums = accumulate(accelerator, module, teacher, deal(documents, parts), count, config.data)
-        assert sums[0].item() == pytest.approx(total.item(), rel=1e-6)
+        split = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=parts))
+        step = accumulate(accelerator, module, method, documents, split)
+        assert step["loss"] == pytest.approx(total.item() / count, rel=1e-6) and step["tokens"] == count
         for name, parameter in student.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-7, atol=1e-10)
 
@@ -331,7 +333,7 @@ def test_distillation_without_weight_on_the_teacher_is_refused(make_config, tiny
 
 
 def test_a_teacher_that_was_expected_to_be_another(make_config, tiny):
-    with pytest.raises(ValueError, match="the teacher's fingerprint must be abc, got "):
+    with pytest.raises(ValueError, match="the fingerprint of teacher .* must be abc, got "):
         train(kd(make_config, tiny, teacher={"fingerprint": "abc"}))
 
 

@@ -1,32 +1,68 @@
-"""What a method is made of."""
+"""What a method is made of: a source of tokens, a teacher's target, an objective.
+
+Each is a small object, and a method is a named combination of three. What the trainer asks of them, in the order of a step:
+
+1. ``tokens.step(i)``: the texts of the step, the same on every process, which are then dealt out;
+2. ``tokens.produce(texts, i)``: what is trained on in their place (roll-outs, rewritten contexts), on each process its own.
+   Draws are functions of the run's seed, the step and the document's own tokens, so the split changes none of them;
+3. documents are grouped by their tag, and each group goes through the objective of that tag in micro-batches;
+4. ``teacher.targets(batch)``, where the objective has a teacher;
+5. ``objective.loss(student, targets, batch, normalizer)``: its share of the mean over all documents of that tag in the step;
+6. ``method.after_step(i, metrics)``: schedules move on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from kd_kernels import KDLoss, LinearLogits, divergences, kd_loss
 from kd_kernels.divergences import Divergence
 from kd_trainer.config import Config
 from kd_trainer.data import Batch, Document, Plan
 from kd_trainer.models import CausalLM
-from kd_trainer.teachers import Targets, Teacher
+from kd_trainer.teachers import NoTeacher, Targets, Teacher
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What is loaded before a method is put together. ``teacher_model`` is None where a cache or no teacher is used."""
+    """What is loaded before a method is put together. ``teachers`` is empty where a cache or no teacher is used."""
 
     student: CausalLM
     documents: Sequence[Document]
+    tokenizer: PreTrainedTokenizerBase
     tokenizer_fingerprint: str
-    teacher_model: CausalLM | None
-    teacher_fingerprint: str | None
+    teachers: tuple[CausalLM, ...]
+    teacher_fingerprints: tuple[str, ...]
+
+
+class TokenSource(Protocol):
+    """Where the tokens of a step come from."""
+
+    plan: Plan
+
+    def step(self, index: int) -> list[Document]:
+        """The texts of one optimiser step, of all micro-batches and processes together."""
+
+    def produce(self, documents: Sequence[Document], index: int) -> list[Document]:
+        """What step ``index`` trains on in the place of these texts, which are one process's share."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the source to go on exactly (a replay buffer, a schedule); plain values and tensors."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state` returned."""
 
 
 @dataclass(frozen=True)
 class DatasetTokens:
-    """Token source: the documents of a data set, in the order of a seeded plan."""
+    """Token source: the documents of a data set, in the order of a seeded plan, as they are."""
 
     documents: Sequence[Document]
     plan: Plan
@@ -36,37 +72,73 @@ class DatasetTokens:
         return cls(documents, Plan([len(document) for document in documents], config.train.batch_tokens, config.seed))
 
     def step(self, index: int) -> list[Document]:
-        """The documents of one optimiser step, of all micro-batches and processes together."""
         return [self.documents[i] for i in self.plan.step(index)]
 
+    def produce(self, documents: Sequence[Document], index: int) -> list[Document]:
+        return list(documents)
 
-@dataclass(frozen=True)
-class Objective:
-    """Divergence from the teacher and cross-entropy with the labels, weighted, out of one pass over the logits."""
+    def state(self) -> dict[str, Any]:
+        return {}
 
-    divergence: Divergence
-    kd_weight: float
-    ce_weight: float
-    temperature: float
-    squared_temperature: bool
-    tail: str
-    stats: tuple[str, ...]
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        assert not state
 
-    @classmethod
-    def of(cls, config: Config, stats: tuple[str, ...], **changes: float) -> Objective:
-        """The objective that the configuration describes, with some of its fields decided by the method."""
-        o = config.objective
-        fields = dict(
-            divergence=divergences.parse(o.divergence), kd_weight=o.kd_weight, ce_weight=o.ce_weight,
-            temperature=o.temperature, squared_temperature=o.squared_temperature, tail=o.tail, stats=stats,
-        )
-        return cls(**(fields | changes))
+
+def step_seed(seed: int, step: int, purpose: str) -> int:
+    """63 bits for the draws of one step and one purpose: those of other steps and purposes are independent of them."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Objective(nn.Module):
+    """What is minimised on the documents of one tag. A module, because some objectives have parameters of their own.
+
+    Attributes:
+        stats: statistics to log, as :func:`kd_kernels.kd_loss` names them.
+        has_teacher: whether it looks at the teacher's targets.
+    """
+
+    stats: tuple[str, ...] = ("label_logprob",)
+    has_teacher: bool = True
 
     def loss(
         self, student: LinearLogits, targets: Targets, batch: Batch, normalizer: float,
         max_scratch_bytes: int | None = None,
     ) -> KDLoss:
         """The share of one micro-batch in the step's mean: its sum over the rows that count, over the step's rows."""
+        raise NotImplementedError
+
+    def forward(
+        self, student: CausalLM, targets: Targets, batch: Batch, normalizer: float, max_scratch_bytes: int | None = None
+    ) -> KDLoss:
+        """The same, from the model: overridden where more than the last hidden states is needed."""
+        return self.loss(student(batch), targets, batch, normalizer, max_scratch_bytes)
+
+
+class DivergenceObjective(Objective):
+    """Divergence from the teacher and cross-entropy with the labels, weighted, out of one pass over the logits."""
+
+    def __init__(
+        self, divergence: Divergence, kd_weight: float = 1.0, ce_weight: float = 0.0, temperature: float = 1.0,
+        squared_temperature: bool = False, tail: str = "bucket", stats: tuple[str, ...] = ("divergence", "label_logprob"),
+    ) -> None:
+        super().__init__()
+        self.divergence, self.kd_weight, self.ce_weight = divergence, kd_weight, ce_weight
+        self.temperature, self.squared_temperature, self.tail = temperature, squared_temperature, tail
+        self.has_teacher = kd_weight != 0.0
+        self.stats = stats if self.has_teacher else tuple(name for name in stats if name != "divergence")
+
+    @classmethod
+    def of(cls, config: Config, **changes: Any) -> DivergenceObjective:
+        """The objective that the configuration describes, with some of its fields decided by the method."""
+        fields = dataclasses.asdict(config.objective)
+        fields["divergence"] = divergences.parse(fields["divergence"])
+        return cls(**(fields | changes))
+
+    def loss(
+        self, student: LinearLogits, targets: Targets, batch: Batch, normalizer: float,
+        max_scratch_bytes: int | None = None,
+    ) -> KDLoss:
         return kd_loss(
             student, targets, self.divergence, labels=batch.labels, ce_weight=self.ce_weight, kd_weight=self.kd_weight,
             temperature=self.temperature, squared_temperature=self.squared_temperature, normalizer=normalizer,
@@ -74,11 +146,39 @@ class Objective:
         )
 
 
+def cross_entropy() -> DivergenceObjective:
+    """Next-token cross-entropy, without a teacher."""
+    return DivergenceObjective(divergences.parse("forward_kl"), kd_weight=0.0, ce_weight=1.0)
+
+
+def _nothing(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Method:
-    """Tokens x teacher's target x objective."""
+    """Tokens x teacher's target x objective.
+
+    Args:
+        objectives: by the tag of the documents that each is for. The loss of a step is the sum over tags of their means.
+            Their parameters, if they have any (adapters, mixing weights), are trained with the student's.
+        after_step: told every step's number and metrics; what it returns is logged with them.
+    """
 
     name: str
-    tokens: DatasetTokens
-    teacher: Teacher
-    objective: Objective
+    tokens: TokenSource
+    teacher: Teacher = field(default_factory=NoTeacher)
+    objectives: Mapping[str, Objective] = field(default_factory=dict)
+    after_step: Callable[[int, Mapping[str, float]], dict[str, float]] = _nothing
+
+    @classmethod
+    def single(cls, name: str, tokens: TokenSource, teacher: Teacher, objective: Objective, **hooks: Any) -> Method:
+        """One objective for all documents."""
+        return cls(name, tokens, teacher, {"main": objective}, **hooks)
+
+    def group(self, documents: Sequence[Document]) -> dict[str, list[Document]]:
+        """Documents by their tag, in the order of the objectives."""
+        groups: dict[str, list[Document]] = {tag: [] for tag in self.objectives}
+        for document in documents:
+            groups[document.tag].append(document)
+        return groups
