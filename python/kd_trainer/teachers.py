@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from kd_kernels import LinearLogits, SparseTargets
+from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets
 from kd_kernels.cache import CacheError, CacheReader, content_key
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import fail
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kd_trainer.config import Config
     from kd_trainer.methods.base import Parts
 
-Targets = LinearLogits | SparseTargets | None
+Targets = LinearLogits | EnsembleLogits | SparseTargets | None
 """What a teacher can say about a batch."""
 
 
@@ -63,6 +63,20 @@ class LiveTeacher:
             self._model.to(device)
         with torch.autocast(device.type, enabled=False):  # a teacher computes in the dtype that it was loaded in
             return self._model(batch)
+
+
+class EnsembleTeacher:
+    """Several live models as one, averaged densely: of their logits or of their probabilities."""
+
+    def __init__(self, members: Sequence[LiveTeacher], space: str = "logit") -> None:
+        self.name = f"{space} mean of " + ", ".join(member.name for member in members)
+        self._members, self._space = tuple(members), space
+
+    def check(self, documents: Sequence[Document]) -> None:
+        pass
+
+    def targets(self, batch: Batch) -> EnsembleLogits:
+        return EnsembleLogits(tuple(member.targets(batch) for member in self._members), space=self._space)
 
 
 class CachedTeacher:
@@ -150,9 +164,19 @@ def teacher_of(config: Config, parts: Parts) -> Teacher:
             config.cache, teacher=parts.teacher_fingerprints[0], tokenizer=parts.tokenizer_fingerprint,
             vocab=parts.student.vocab, temperature=config.objective.temperature,
         ))
-    if parts.teachers[0].vocab != parts.student.vocab:
-        fail(
-            "train", "the student's vocabulary", f"the teacher's {parts.teachers[0].vocab}", parts.student.vocab,
-            "teacher and student must share a tokenizer",
-        )
-    return LiveTeacher(parts.teachers[0], parts.teacher_fingerprints[0])
+    return live_teachers(config, parts)[0]
+
+
+def live_teachers(config: Config, parts: Parts) -> list[LiveTeacher]:
+    """Every teacher as a model that is run.
+
+    Raises:
+        ValueError: one has another vocabulary than the student.
+    """
+    for model, named in zip(parts.teachers, (config.teacher, *config.more_teachers)):
+        if model.vocab != parts.student.vocab:
+            fail(
+                "train", "the student's vocabulary", f"the {model.vocab} of teacher {named.model}", parts.student.vocab,
+                "teacher and student must share a tokenizer",
+            )
+    return [LiveTeacher(model, name) for model, name in zip(parts.teachers, parts.teacher_fingerprints)]

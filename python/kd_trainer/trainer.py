@@ -160,13 +160,17 @@ def accumulate(
         ValueError: no process has a row that counts.
     """
     groups = method.group(documents)
-    own = [sum(int(document.counted.sum()) for document in group) for group in groups.values()]
+    own = [
+        (sum(map(method.objectives[tag].count, group)), sum(int(document.counted.sum()) for document in group))
+        for tag, group in groups.items()
+    ]
     counts = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), "sum").tolist()
-    if not sum(counts):
+    tokens = int(sum(rows for _, rows in counts))
+    if not tokens:
         fail("train", "a step", "left with tokens that count", "none", "were all roll-outs empty? see rollout.* and data.*")
     micro_batches = [
         (tag, part, count)
-        for (tag, group), count in zip(groups.items(), counts)
+        for (tag, group), (count, _) in zip(groups.items(), counts)
         for part in deal(group, config.train.accumulation)
         if any(bool(document.counted.any()) for document in part)
     ]
@@ -180,13 +184,14 @@ def accumulate(
             loss, stats = module(batch, targets, normalizer)
             accelerator.backward(loss)
         sums[tag] = sums[tag] + torch.cat([loss.detach()[None] * normalizer, stats])
-    metrics = {"loss": 0.0, "tokens": int(sum(counts))}
-    for (tag, total), count in zip(sums.items(), counts):
-        loss, *means = (accelerator.reduce(total, "sum") / max(count, 1.0)).tolist()
-        metrics["loss"] += loss
+    metrics = {"loss": 0.0, "tokens": tokens}
+    for (tag, total), (count, rows) in zip(sums.items(), counts):
+        loss, *stats = accelerator.reduce(total, "sum").tolist()
+        metrics["loss"] += loss / max(count, 1.0)
         prefix = f"{tag}/" if len(groups) > 1 else ""
-        for name, mean in zip(method.objectives[tag].stats, means):
-            metrics[prefix + name.replace("label_logprob", "next_token_loss")] = -mean if name == "label_logprob" else mean
+        for name, value in zip(method.objectives[tag].stats, stats):
+            name, value = ("next_token_loss", -value) if name == "label_logprob" else (name, value)
+            metrics[prefix + name] = value / max(rows, 1.0)
     return metrics
 
 

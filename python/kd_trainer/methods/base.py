@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kd_kernels import KDLoss, LinearLogits, divergences, kd_loss
+from kd_kernels import KDLoss, LinearLogits, TokenStats, divergences, kd_loss, token_stats
 from kd_kernels.divergences import Divergence
 from kd_trainer.config import Config
 from kd_trainer.data import Batch, Document, Plan
@@ -101,11 +102,15 @@ class Objective(nn.Module):
     stats: tuple[str, ...] = ("label_logprob",)
     has_teacher: bool = True
 
+    def count(self, document: Document) -> int:
+        """What a document adds to the step's normaliser: its rows that count; of objectives on whole sequences, 1."""
+        return int(document.counted.sum())
+
     def loss(
         self, student: LinearLogits, targets: Targets, batch: Batch, normalizer: float,
         max_scratch_bytes: int | None = None,
     ) -> KDLoss:
-        """The share of one micro-batch in the step's mean: its sum over the rows that count, over the step's rows."""
+        """The share of one micro-batch in the step's mean: its sum over what counts, divided by ``normalizer``."""
         raise NotImplementedError
 
     def forward(
@@ -144,6 +149,26 @@ class DivergenceObjective(Objective):
             temperature=self.temperature, squared_temperature=self.squared_temperature, normalizer=normalizer,
             tail=self.tail, stats=self.stats, rows=batch.counted, max_scratch_bytes=max_scratch_bytes,
         )
+
+
+class LabelObjective(Objective):
+    """A function of the labels' log-probabilities under the student, exact and differentiable, without a teacher."""
+
+    has_teacher = False
+
+    def token_loss(self, stats: TokenStats, student: LinearLogits, batch: Batch) -> Tensor:
+        """``[M]``, for the rows that count; ``student`` stands for these rows alone."""
+        raise NotImplementedError
+
+    def loss(
+        self, student: LinearLogits, targets: Targets, batch: Batch, normalizer: float,
+        max_scratch_bytes: int | None = None,
+    ) -> KDLoss:
+        counted = dataclasses.replace(student, hidden=student.hidden[batch.counted])
+        stats = token_stats(counted, batch.labels[batch.counted], max_scratch_bytes=max_scratch_bytes)
+        loss = self.token_loss(stats, counted, batch).sum() / normalizer
+        logprob = torch.full_like(batch.labels, torch.nan, dtype=stats.logprob.dtype)
+        return KDLoss(loss, {"label_logprob": logprob.index_copy(0, batch.counted, stats.logprob.detach())})
 
 
 def cross_entropy() -> DivergenceObjective:

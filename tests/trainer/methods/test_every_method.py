@@ -1,0 +1,100 @@
+"""Every method by its name: it lowers its own objective, splitting a step changes nothing, and a resumed run is the same run.
+
+A method that is registered and has no entry in CASES fails here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kd_trainer import registry
+from kd_trainer.tiny import save_tiny_model
+from kd_trainer.trainer import learning_rate, train
+
+CASES: dict[str, dict] = {
+    "baby_llama": {"teachers": 2},
+    "churn": {"teachers": 1},
+    "dco": {"options": {"samples": 4}},
+    "idk": {"options": {"token": "<end>"}},
+    "kd": {"teachers": 1, "objective": {"divergence": "jsd(beta=0.3)"}},
+    "mixce": {},
+    "sft": {},
+}
+"""By name: how many live teachers a method has here, and what it is told beside its defaults."""
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folders = []
+    for seed in (11, 12):
+        torch.manual_seed(seed)
+        folders.append(tmp_path_factory.mktemp("teacher"))
+        save_tiny_model(folders[-1])
+    return list(map(str, folders))
+
+
+@pytest.fixture
+def method_config(make_config, teachers):
+    """A run of a method on a dozen short texts, all of them in every step."""
+
+    def make(name: str, out: Path, **train_changes):
+        case = dict(CASES[name])
+        count = case.pop("teachers", 0)
+        if count:
+            case["teacher"] = {"model": teachers[0]}
+        if count > 1:
+            case["more_teachers"] = [{"model": model} for model in teachers[1:count]]
+        case.setdefault("data", {}).update(max_length=32, limit=12)
+        settings = {"steps": 6, "batch_tokens": 12 * 32, "save_every": 2} | train_changes
+        return make_config(out=str(out), method=name, train=settings, optim={"lr": 2e-3, "warmup": 0.0}, **case)
+
+    return make
+
+
+def metrics(out: Path) -> list[dict]:
+    drop = ("tokens_per_s",)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in drop} for line in lines]
+
+
+def test_every_method_has_a_case():
+    assert sorted(CASES) == sorted(registry.specs())
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_run_lowers_its_objective_and_resumes_exactly(name, method_config, tmp_path, monkeypatch):
+    whole = train(method_config(name, tmp_path / "whole"))
+    losses = [line["loss"] for line in metrics(tmp_path / "whole")]
+    assert losses[-1] < losses[0], losses
+
+    class Killed(Exception):
+        pass
+
+    def dies(step, *rest):
+        if step == 3:
+            raise Killed
+        return learning_rate(step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("kd_trainer.trainer.learning_rate", dies)
+        train(method_config(name, tmp_path / "halves"))
+    torch.rand(3)  # the generator is somewhere else now
+    halves = train(method_config(name, tmp_path / "halves"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "halves")
+    one, other = (load_file(model / "model.safetensors") for model in (whole, halves))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_micro_batches_change_nothing(name, method_config, tmp_path):
+    train(method_config(name, tmp_path / "one", steps=2))
+    train(method_config(name, tmp_path / "three", steps=2, accumulation=3))
+    for whole, split in zip(metrics(tmp_path / "one"), metrics(tmp_path / "three"), strict=True):
+        assert whole.keys() == split.keys()
+        for key, value in whole.items():
+            assert split[key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
