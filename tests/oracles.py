@@ -313,6 +313,147 @@ def token_stats(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------- draws
+# Written from kd_kernels/sampling/DRAWS.md alone, in Python's own numbers, which are float64: one row at a time.
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
+    """Philox4x32-10: four words of a counter of four and a key of two."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for turn in range(10):
+        if turn:
+            k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+        one, two = c2 * 0xCD9E8D57, c0 * 0xD2511F53
+        c0, c1, c2, c3 = one >> 32 ^ c1 ^ k0, one % 2**32, two >> 32 ^ c3 ^ k1, two % 2**32
+    return c0, c1, c2, c3
+
+
+@dataclass(frozen=True)
+class Place:
+    """What names a draw beside its row."""
+
+    seed: int = 0
+    key: int = 0
+    position: int = 0
+
+    def words(self, purpose: int, block: int = 0, draw: int = 0) -> tuple[int, ...]:
+        seed, key = self.seed % 2**64, self.key % 2**64
+        first = block + draw * 2**16 + purpose * 2**28
+        return philox((first, self.position, key % 2**32, key >> 32), (seed % 2**32, seed >> 32))
+
+    def uniform(self, purpose: int, group: int) -> float:
+        return (self.words(purpose, group // 4)[group % 4] + 0.5) * 2.0**-32
+
+    def fine_uniform(self, purpose: int, draw: int = 0) -> float:
+        high, low, _, _ = self.words(purpose, 0, draw)
+        return ((high * 2**32 + low) // 2**12 + 0.5) * 2.0**-52
+
+
+def inverse_temperature(temperature: float) -> float:
+    inverse = 0.0 if temperature == math.inf else 1.0 / temperature if temperature > 1e-300 else math.inf
+    return min(max(inverse, 2.0**-126), (2 - 2.0**-23) * 2.0**127)
+
+
+def falling(row: list[float]) -> list[int]:
+    """Ids by falling logit, equal logits by rising id."""
+    return sorted(range(len(row)), key=lambda v: (-row[v], v))
+
+
+def filtered(
+    row: list[float], temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    min_p: float | None = None,
+) -> list[float]:
+    """The row with -inf at the ids that the filters remove."""
+    order, inverse = [v for v in falling(row) if row[v] > -math.inf], inverse_temperature(temperature)
+    tempered = {v: (row[v] - row[order[0]]) * inverse for v in order}
+    if top_k is not None:
+        order = order[:top_k]
+    if top_p is not None and top_p < 1:
+        target, running, prefix = top_p * sum(math.exp(tempered[v]) for v in order), 0.0, []
+        for v in order:
+            prefix.append(v)
+            running += math.exp(tempered[v])
+            if running >= target:
+                break
+        order = prefix
+    if min_p:
+        order = [v for v in order if tempered[v] >= math.log(min_p)]
+    return [x if v in set(order) else -math.inf for v, x in enumerate(row)] if len(order) < len(row) else row
+
+
+def group_masses(row: list[float], inverse: float) -> list[tuple[float, float]]:
+    """(m_g, s_g) of every group of 128 ids."""
+    groups = []
+    for begin in range(0, len(row), 128):
+        ids = row[begin : begin + 128]
+        top = max(ids)
+        masses = [math.exp((x - top) * inverse) if x > -math.inf else 0.0 for x in ids] + [0.0] * (128 - len(ids))
+        while len(masses) > 1:
+            half = len(masses) // 2
+            masses = [a + b for a, b in zip(masses[:half], masses[half:])]
+        groups.append((top, masses[0]))
+    return groups
+
+
+def pick(row: list[float], group: int, inverse: float, part: float) -> int:
+    """The id of a group at which the running sum passes ``part`` of the whole."""
+    ids = row[128 * group : 128 * group + 128]
+    top, running, sums = max(ids), 0.0, []
+    for x in ids:
+        running += math.exp((x - top) * inverse) if x > -math.inf else 0.0
+        sums.append(running)
+    return 128 * group + next(j for j, s in enumerate(sums) if s > part * running)
+
+
+def scores(row: list[float], place: Place, inverse: float, purpose: int) -> list[float]:
+    """Of every group in the race."""
+    noises = (-math.log1p(-place.uniform(purpose, g)) for g in range(-(-len(row) // 128)))
+    return [
+        (top - max(row)) * inverse + math.log(total / noise) if total else -math.inf
+        for (top, total), noise in zip(group_masses(row, inverse), noises)
+    ]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One id, its log-probability, that under the model; and how sure the race was (the lead of its winner, in nats)."""
+
+    id: int
+    logprob: float
+    model_logprob: float
+    lead: float = math.inf
+
+
+def score(row: list[float], left: list[float], token: int, temperature: float) -> tuple[float, float]:
+    """Log-probabilities of an id: of what the filters left, and of the model."""
+    inverse, top = inverse_temperature(temperature), max(row)
+    log_sum = lambda xs, r: math.log(math.fsum(math.exp((x - top) * r) for x in xs))  # noqa: E731
+    model = row[token] - top - log_sum(row, 1.0)
+    if temperature == 0:
+        return 0.0 if token == falling(row)[0] else -math.inf, model
+    return (left[token] - top) * inverse - log_sum(left, inverse), model
+
+
+def sample(
+    row: list[float], place: Place, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    min_p: float | None = None, race: int = 0,
+) -> Draw:
+    """The draw of the contract."""
+    if temperature == 0:
+        best = falling(row)[0]
+        return Draw(best, *score(row, row, best, temperature))
+    left, inverse = filtered(row, temperature, top_k, top_p, min_p), inverse_temperature(temperature)
+    noisy = scores(left, place, inverse, race)
+    group = noisy.index(max(noisy))
+    token = pick(left, group, inverse, place.uniform(race + 1, group))
+    second = max((s for g, s in enumerate(noisy) if g != group), default=-math.inf)
+    return Draw(token, *score(row, left, token, temperature), noisy[group] - second)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
 def gradients(loss: Tensor, leaves: list[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
     """d(sum of upstream * loss) / d leaf for every leaf; zeros where a leaf has no part in it."""
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)

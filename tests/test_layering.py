@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "kd_kernels"
 TRAINER = ROOT / "python" / "kd_trainer"
 HEAVY = {"transformers", "accelerate", "datasets", "tokenizers", "kd_trainer"}
-SUBJECTS = ("loss", "stats", "targets")
+SUBJECTS = ("loss", "sampling", "stats", "targets")
 
 
 def imports(path: Path) -> list[tuple[str, str | None]]:

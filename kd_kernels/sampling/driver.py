@@ -1,0 +1,147 @@
+"""From a noun and per-row arguments to samples: the registered op, its walk over chunks of rows, and what it refuses."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd_kernels import _backend, _check, products
+from kd_kernels.logits import Logits
+from kd_kernels.loss.plan import unpack
+from kd_kernels.sampling.reference import Request, RowSamples
+
+IMPLEMENTATIONS = {"reference": "reference"}
+"""By backend, the module with its ``sample_rows``; imported when the backend first runs."""
+
+INVERSE_RANGE = (2.0**-126, 3.4028234663852886e38)
+"""Of 1 / temperature: normal numbers of fp32, so that a logit of -inf stays -inf at an infinite temperature, and the largest
+logit stays 0 below itself at the smallest."""
+
+
+class Call(NamedTuple):
+    """One call without its tensors. It travels as a string, as :class:`kd_kernels.loss.plan.Plan` does."""
+
+    where: str  # the public function, for messages
+    noun: tuple  # as ``plan.pack`` describes it
+    columns: int
+    race: int
+    stats: bool
+    check: str
+    autocast: str
+    max_scratch_bytes: int | None
+    backend: str
+
+
+@functools.lru_cache(maxsize=256)
+def _read(text: str) -> Call:
+    return Call(*ast.literal_eval(text))
+
+
+def implementation(backend: str) -> ModuleType:
+    return importlib.import_module(f"kd_kernels.sampling.{IMPLEMENTATIONS[backend]}")
+
+
+def inverse_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / T as implementations take it: infinite for T = 0, NaN for what is no temperature."""
+    inverse = temperature.double().reciprocal().clamp(*INVERSE_RANGE).to(dtype)
+    inverse = torch.where(temperature == 0, torch.inf, inverse)
+    return torch.where(temperature >= 0, inverse, torch.nan)
+
+
+def run(
+    logits: list[Tensor], call: Call, temperature: Tensor, seeds: Tensor, keys: Tensor, positions: Tensor,
+    top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, given: Tensor | None = None,
+) -> RowSamples:
+    """Samples of N rows, ``[N]`` each. ``logits`` is the noun's tensors; the others are ``[N]``, checked but for their values."""
+    entropy_and_lse = _sample(logits, temperature, seeds, keys, positions, top_k, top_p, min_p, given, repr(tuple(call)))
+    return RowSamples(*entropy_and_lse, *(None,) * (5 - len(entropy_and_lse)))
+
+
+def _allocate(logits: list[Tensor], count: int, stats: bool) -> list[Tensor]:
+    dtype = products.work_dtype(*logits)
+    dtypes = (torch.int64,) + (dtype,) * (4 if stats else 2)
+    return [logits[0].new_empty(count, dtype=d) for d in dtypes]
+
+
+@torch.library.custom_op("kd_kernels::sample", mutates_args=())
+def _sample(
+    logits: list[Tensor], temperature: Tensor, seeds: Tensor, keys: Tensor, positions: Tensor, top_k: Tensor | None,
+    top_p: Tensor | None, min_p: Tensor | None, given: Tensor | None, call_text: str,
+) -> list[Tensor]:
+    """Ids, log-probabilities, those of the model, and with ``stats`` entropy and lse, ``[N]`` each."""
+    call = _read(call_text)
+    noun = products.flattened(unpack(logits, call.noun))  # type: ignore[arg-type]
+    count, device, dtype = seeds.shape[0], seeds.device, products.work_dtype(*logits)
+    values = {
+        "temperature": (temperature, temperature >= 0, "at least 0"),
+        "top_k": (top_k, None if top_k is None else top_k >= 1, "at least 1"),
+        "top_p": (top_p, None if top_p is None else (top_p >= 0) & (top_p <= 1), "in 0..1"),
+        "min_p": (min_p, None if min_p is None else (min_p >= 0) & (min_p <= 1), "in 0..1"),
+        "positions": (positions, (positions >= 0) & (positions < 1 << 32), f"in 0..{(1 << 32) - 1}"),
+        "ids": (given, None if given is None else (given >= 0) & (given < call.columns), f"in 0..V-1={call.columns - 1}"),
+    }
+    if device.type == "cpu":
+        _check_values(call.where, values)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        rows_of, out = implementation(call.backend), RowSamples(*_padded(_allocate(logits, count, call.stats)))
+        autocast = getattr(torch, call.autocast) if call.autocast else None
+        rows = products.source(noun, None, dtype, autocast=autocast, native=rows_of.NATIVE)
+        own_bytes_per_row, own_fixed_bytes = rows_of.scratch(call.columns, dtype)
+        step = products.rows_per_chunk(
+            call.where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes,
+            call.max_scratch_bytes, device,
+        )
+        rows.open(min(step, max(count, 1)))
+        is_valid = functools.reduce(torch.logical_and, [valid for _, valid, _ in values.values() if valid is not None])
+        inverse = torch.where(is_valid, inverse_temperature(temperature, dtype), torch.nan)
+        request = (seeds, keys, positions, inverse, top_k, top_p, min_p, given)
+        for begin in range(0, count, step):
+            here = slice(begin, min(begin + step, count))
+            part = (None if x is None else x[here].contiguous() for x in request)
+            chunk_out = RowSamples(*(None if x is None else x[here] for x in out))
+            rows_of.sample_rows(rows.chunk(here.start, here.stop), Request(*part, call.race), chunk_out)
+        if call.check == "raise":
+            _check_rows(call, out.ids, values, noun, dtype, autocast)
+    return [x for x in out if x is not None]
+
+
+@_sample.register_fake
+def _(logits, temperature, seeds, keys, positions, top_k, top_p, min_p, given, call_text):
+    return _allocate(logits, seeds.shape[0], _read(call_text).stats)
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [*tensors, *(None,) * (5 - len(tensors))]
+
+
+def _check_values(where: str, values: dict[str, tuple[Tensor | None, Tensor | None, str]]) -> None:
+    """Raise for the first per-row argument that is out of range."""
+    for name, (given, valid, requirement) in values.items():
+        if valid is not None and not bool(valid.all()):
+            row = int((~valid).nonzero()[0])
+            _check.fail(where, name, requirement, f"{given[row].item()} in row {row}")
+
+
+def _check_rows(
+    call: Call, ids: Tensor, values: dict[str, tuple[Tensor | None, Tensor | None, str]], noun: Logits, dtype: torch.dtype,
+    autocast: torch.dtype | None,
+) -> None:
+    """Raise for the first row that has no id, and say why. Its logits are formed again. One synchronisation on a GPU."""
+    if ids.numel() == 0 or ids.min() >= 0:
+        return
+    _check_values(call.where, values)
+    row = (ids < 0).nonzero()[0]
+    rows = products.source(noun, row, dtype, autocast=autocast)
+    rows.open(1)
+    z = rows.chunk(0, 1).logits()
+    fault = "NaN" if bool(z.isnan().any()) else "+inf" if bool((z == torch.inf).any()) else "-inf at every id"
+    _check.fail(
+        call.where, "logits", "free of NaN and +inf, with a finite logit in every row", f"{fault} in row {int(row)}",
+        'look for an overflow in the model, leave out rows that are padding, or pass check="flag" for an id of -1',
+    )
