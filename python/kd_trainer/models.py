@@ -23,6 +23,9 @@ from kd_trainer.errors import fail
 
 PROBE_LENGTHS = (3, 5)
 
+FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
+"""What architectures call the norm between the last layer and the head."""
+
 
 class CausalLM(nn.Module):
     """A causal language model whose forward gives :class:`~kd_kernels.LinearLogits` at the rows of a batch.
@@ -67,12 +70,32 @@ class CausalLM(nn.Module):
         output = self.model.get_decoder()(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         return output.last_hidden_state.flatten(0, 1)[batch.rows]
 
-    def forward(self, batch: Batch) -> LinearLogits:
-        """What stands for the ``[N, V]`` logits of the batch's rows."""
+    def hidden_of_layers(self, batch: Batch) -> Tensor:
+        """``[L, N, H]``: what each layer leaves, after the final norm, at the rows of the batch; the last is :meth:`hidden`."""
+        decoder = self.model.get_decoder()
+        output = decoder(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True
+        )
+        norms = [module for name, module in decoder.named_children() if name in FINAL_NORMS]
+        if len(norms) != 1:
+            fail(
+                "CausalLM", f"the final norm of {type(self.model).__name__}", "one of " + ", ".join(FINAL_NORMS),
+                ", ".join(name for name, _ in decoder.named_children()), "early exits pass through it",
+            )
+        # The first is the embeddings; transformers applies the norm to the last one itself.
+        *inner, last = [states.flatten(0, 1)[batch.rows] for states in output.hidden_states[1:]]
+        return torch.stack([*map(norms[0], inner), last])
+
+    def logits_of(self, hidden: Tensor) -> LinearLogits:
+        """What stands for the logits of hidden states ``[..., H]`` that the final norm has been applied to."""
         return LinearLogits(
-            self.hidden(batch), self.head.weight, getattr(self.head, "bias", None),
+            hidden, self.head.weight, getattr(self.head, "bias", None),
             scale=self.scale, softcap=self.softcap, valid_vocab=self.valid_vocab,
         )
+
+    def forward(self, batch: Batch) -> LinearLogits:
+        """What stands for the ``[N, V]`` logits of the batch's rows."""
+        return self.logits_of(self.hidden(batch))
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NEEDS = {
     "teacher": "a teacher: teacher.model, or cache",
+    "optional teacher": "a teacher, if there is one: teacher.model, or cache",
     "live teacher": "teacher.model: it scores contexts that no cache has seen",
     "cache": "cache: the teacher's rows on disk",
     "several teachers": "teacher.model and more_teachers",
@@ -60,7 +61,7 @@ class MethodSpec:
 
     @property
     def has_teacher(self) -> bool:
-        return bool({"teacher", "live teacher", "cache", "several teachers"} & set(self.needs))
+        return bool({"teacher", "optional teacher", "live teacher", "cache", "several teachers"} & set(self.needs))
 
     def check(self, config: Config) -> None:
         """Raise ValueError where the configuration lacks what the method needs, or has what it cannot use."""

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from kd_trainer.config import Config
     from kd_trainer.methods.base import Parts
 
-Targets = LinearLogits | EnsembleLogits | SparseTargets | None
-"""What a teacher can say about a batch."""
+Targets = LinearLogits | EnsembleLogits | SparseTargets | tuple[LinearLogits, ...] | None
+"""What a teacher, or several, can say about a batch."""
 
 
 class Teacher(Protocol):
@@ -79,6 +79,20 @@ class EnsembleTeacher:
         return EnsembleLogits(tuple(member.targets(batch) for member in self._members), space=self._space)
 
 
+class SeveralTeachers:
+    """Several live models side by side, for objectives that choose between them."""
+
+    def __init__(self, members: Sequence[LiveTeacher]) -> None:
+        self.name = ", ".join(member.name for member in members)
+        self._members = tuple(members)
+
+    def check(self, documents: Sequence[Document]) -> None:
+        pass
+
+    def targets(self, batch: Batch) -> tuple[LinearLogits, ...]:
+        return tuple(member.targets(batch) for member in self._members)
+
+
 class CachedTeacher:
     """Targets that were computed once and lie on disk; a document that is not there is an error, never a plain loss."""
 
@@ -97,13 +111,14 @@ class CachedTeacher:
             )
         if self.reader.cached_rows < self.reader.rows:  # it was built with prompts left out: are they the same prompts?
             for document in documents:
-                self._targets(document)
+                self.document_targets(document)
 
-    def _targets(self, document: Document) -> SparseTargets:
+    def document_targets(self, document: Document) -> SparseTargets:
+        """The L - 1 rows of one document."""
         return self.reader.targets(document.tokens, required=document.counted)
 
     def targets(self, batch: Batch) -> SparseTargets:
-        targets = SparseTargets.cat([self._targets(document) for document in batch.documents])
+        targets = SparseTargets.cat([self.document_targets(document) for document in batch.documents])
         return normalised(targets).to(batch.rows.device)
 
 

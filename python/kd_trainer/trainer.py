@@ -81,7 +81,7 @@ def train(config: Config) -> Path:
 
     parts, tokenizer = load_parts(config, resume_from)
     method = methods.build(config, parts)
-    method.teacher.check(parts.documents)
+    method.teacher.check(method.tokens.documents)
     if config.data.packing:
         for model in (parts.student, *parts.teachers):
             model.check_packing()
@@ -90,7 +90,7 @@ def train(config: Config) -> Path:
     pieces = config.train.accumulation * accelerator.num_processes
     plan.check_parts(steps, pieces)
 
-    identity = _identity(config, steps, parts, method.teacher.name)
+    identity = _identity(config, steps, parts.student, method)
     first_step = checkpoint.check_identity(resume_from, identity) if resume_from else 0
     if first_step == steps:
         accelerator.print(f"{out} holds this run, finished")
@@ -236,7 +236,7 @@ def load_parts(config: Config, student_folder: Path | None = None) -> tuple[meth
         documents=documents,
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        teachers=tuple(CausalLM(model, vocab) for model, _ in loaded) if runs_teacher else (),
+        teachers=tuple(CausalLM(model, vocab) for model, _ in loaded if model is not None) if runs_teacher else (),
         teacher_fingerprints=tuple(fingerprint for _, fingerprint in loaded),
     )
     return parts, tokenizer
@@ -260,17 +260,17 @@ def _resume_point(out: Path, config: Config) -> Path | None:
     return found
 
 
-def _identity(config: Config, steps: int, parts: methods.Parts, teacher: str) -> dict[str, object]:
+def _identity(config: Config, steps: int, student: CausalLM, method: Method) -> dict[str, object]:
     """What makes two runs the same one, apart from rounding."""
-    student = parts.student.model
     sections = {
         "student": config.student, "objective": config.objective, "rollout": config.rollout, "options": config.options,
         "optim": config.optim,
     }
+    parameters = sum(p.numel() for p in student.model.parameters())
     return {
         "method": config.method, "seed": config.seed, "steps": steps, "batch_tokens": config.train.batch_tokens,
-        "precision": config.train.precision, "data": data_fingerprint(parts.documents), "teacher": teacher,
-        "student": f"{type(student).__name__} of {sum(p.numel() for p in student.parameters())} parameters",
+        "precision": config.train.precision, "data": data_fingerprint(method.tokens.documents),
+        "teacher": method.teacher.name, "student": f"{type(student.model).__name__} of {parameters} parameters",
     } | {f"{name}.{key}": value for name, part in sections.items() for key, value in dataclasses.asdict(part).items()}
 
 

@@ -46,6 +46,7 @@ class Parts:
 class TokenSource(Protocol):
     """Where the tokens of a step come from."""
 
+    documents: Sequence[Document]  # the texts that they are, or that they are made from
     plan: Plan
 
     def step(self, index: int) -> list[Document]:

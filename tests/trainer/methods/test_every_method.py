@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from kd_trainer import registry
+from kd_trainer.cache_build import CacheOptions, build_cache
+from kd_trainer.config import DataConfig
 from kd_trainer.tiny import save_tiny_model
 from kd_trainer.trainer import learning_rate, train
 
@@ -20,12 +22,17 @@ CASES: dict[str, dict] = {
     "baby_llama": {"teachers": 2},
     "churn": {"teachers": 1},
     "dco": {"options": {"samples": 4}},
+    "first": {"cached": True},
     "idk": {"options": {"token": "<end>"}},
     "kd": {"teachers": 1, "objective": {"divergence": "jsd(beta=0.3)"}},
+    "layerskip": {},
+    "mix_distillation": {"options": {"sources": ["<text>"], "weights": [0.5, 0.5]}},
     "mixce": {},
+    "muscle": {"teachers": 2},
     "sft": {},
 }
-"""By name: how many live teachers a method has here, and what it is told beside its defaults."""
+"""By name: how many live teachers a method has here, or whether it has a cache of one, and what it is told beside its
+defaults; <text> stands for the text file."""
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +45,22 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return list(map(str, folders))
 
 
+@pytest.fixture(scope="module")
+def cache(teachers, text, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    build_cache(teachers[0], DataConfig(source=str(text), max_length=32, limit=12), folder, CacheOptions(k=8))
+    return str(folder)
+
+
 @pytest.fixture
-def method_config(make_config, teachers):
+def method_config(make_config, teachers, cache, text):
     """A run of a method on a dozen short texts, all of them in every step."""
 
     def make(name: str, out: Path, **train_changes):
-        case = dict(CASES[name])
+        case = json.loads(json.dumps(CASES[name]).replace("<text>", str(text)))
         count = case.pop("teachers", 0)
+        if case.pop("cached", False):
+            case["cache"] = cache
         if count:
             case["teacher"] = {"model": teachers[0]}
         if count > 1:
