@@ -263,13 +263,14 @@ class EnsembleLogits:
 
     Args:
         members: tensors or :class:`LinearLogits` with the same rows and the same vocabulary.
-        weights: one positive number a member; normalised to sum 1. None: equal.
+        weights: one positive number a member; or floats ``[..., members]``, the rows' shape and one weight a member, at
+            least 0 (values are not looked at); normalised to sum 1. None: equal.
         space: "logit" averages logits (the geometric mean of the distributions, renormalised), "prob" averages
             probabilities (the mixture).
     """
 
     members: tuple[Tensor | LinearLogits, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | Tensor | None = None
     space: str = "logit"
 
     def __post_init__(self) -> None:
@@ -294,11 +295,18 @@ class EnsembleLogits:
                     where, f"members[{i}]", f"of V={vocab(members[0])} like members[0]", vocab(member),
                     "give the padded ones valid_vocab",
                 )
+        object.__setattr__(self, "members", members)
+        if isinstance(self.weights, Tensor):
+            weights, shape = _check.floating(where, "weights", self.weights), (*leading_shape(members[0]), len(members))
+            if tuple(weights.shape) != shape:
+                _check.fail(where, "weights", f"of shape {list(shape)}", list(weights.shape))
+            _check.same_device(where, "weights", weights, members[0].device)
+            object.__setattr__(self, "weights", weights / weights.sum(-1, keepdim=True))
+            return
         weights = (1.0,) * len(members) if self.weights is None else tuple(self.weights)
         if len(weights) != len(members):
             _check.fail(where, "weights", f"one number for each of {len(members)} members", f"{len(weights)}")
         total = sum(_check.positive(where, "weights", w) for w in weights)
-        object.__setattr__(self, "members", members)
         object.__setattr__(self, "weights", tuple(w / total for w in weights))
 
     @property

@@ -88,7 +88,8 @@ def tensors_of(logits: Logits) -> list[Tensor]:
         return [logits]
     if isinstance(logits, LinearLogits):
         return [t for t in (logits.hidden, logits.weight, logits.bias) if t is not None]
-    return [t for member in logits.members for t in tensors_of(member)]
+    row_weights = [logits.weights] if isinstance(logits.weights, Tensor) else []
+    return [t for member in logits.members for t in tensors_of(member)] + row_weights
 
 
 class Source(ABC):
@@ -172,11 +173,18 @@ class LinearSource(Source):
 class EnsembleSource(Source):
     """Several teachers reduced densely: mean of logits, or log of the mean probability."""
 
-    def __init__(self, ensemble: EnsembleLogits, members: list[Source], dtype: torch.dtype, columns: int) -> None:
+    def __init__(
+        self, ensemble: EnsembleLogits, members: list[Source], rows: Tensor | None, dtype: torch.dtype, columns: int
+    ) -> None:
         self.ensemble, self.members, self.dtype, self.columns = ensemble, members, dtype, columns
         # The result, one member's logits after its map, and one temporary of the reduction.
         self.bytes_per_row = 3 * columns * dtype.itemsize + sum(member.bytes_per_row for member in members)
         self.fixed_bytes = sum(member.fixed_bytes for member in members)
+        weights = ensemble.weights
+        self.row_weights = isinstance(weights, Tensor)
+        if self.row_weights:
+            weights = (weights if rows is None else weights[rows]).to(dtype)
+        self.weights = weights
 
     def open(self, rows_per_chunk: int) -> None:
         device = self.ensemble.device
@@ -184,16 +192,23 @@ class EnsembleSource(Source):
         for member in self.members:
             member.open(rows_per_chunk)
 
+    def _weight(self, number: int, begin: int, end: int) -> float | Tensor:
+        """Of one member: a number, or ``[C, 1]``."""
+        return self.weights[begin:end, number, None] if self.row_weights else self.weights[number]
+
     def chunk(self, begin: int, end: int) -> RawRows:
         total = self.scratch[: end - begin]
-        if self.ensemble.space == "logit":
-            total.zero_()
-            for weight, member in zip(self.ensemble.weights, self.members):
-                total.add_(member.chunk(begin, end).logits(), alpha=weight)
-        else:
-            total.fill_(-torch.inf)
-            for weight, member in zip(self.ensemble.weights, self.members):
-                logprobs = torch.log_softmax(member.chunk(begin, end).logits(), 1).add_(math.log(weight))
+        is_mean_of_logits = self.ensemble.space == "logit"
+        total.fill_(0.0 if is_mean_of_logits else -torch.inf)
+        for number, member in enumerate(self.members):
+            weight, logits = self._weight(number, begin, end), member.chunk(begin, end).logits()
+            if is_mean_of_logits and self.row_weights:
+                total.addcmul_(logits, weight)
+            elif is_mean_of_logits:
+                total.add_(logits, alpha=weight)
+            else:
+                log_weight = weight.log() if self.row_weights else math.log(weight)
+                logprobs = torch.log_softmax(logits, 1).add_(log_weight)
                 torch.logaddexp(total, logprobs, out=total)
         return RawRows(total)
 
@@ -231,7 +246,7 @@ def source(
     members = [
         source(member, rows, dtype, columns=columns, precision=precision, autocast=autocast) for member in logits.members
     ]
-    return EnsembleSource(logits, members, dtype, columns)
+    return EnsembleSource(logits, members, rows, dtype, columns)
 
 
 def flattened(logits: Logits) -> Logits:
@@ -241,7 +256,8 @@ def flattened(logits: Logits) -> Logits:
     if isinstance(logits, LinearLogits):
         hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
         return LinearLogits(hidden, logits.weight, logits.bias, logits.scale, logits.softcap, logits.valid_vocab)
-    return EnsembleLogits(tuple(flattened(m) for m in logits.members), logits.weights, logits.space)
+    weights = logits.weights.reshape(-1, len(logits.members)) if isinstance(logits.weights, Tensor) else logits.weights
+    return EnsembleLogits(tuple(flattened(m) for m in logits.members), weights, logits.space)
 
 
 def scratch_budget(max_scratch_bytes: int | None, device: torch.device) -> int:

@@ -109,6 +109,8 @@ def pack(noun: Targets | None) -> tuple[list[Tensor], tuple]:
         member_tensors, description = pack(member)
         members += ((len(member_tensors), description),)
         tensors += member_tensors
+    if isinstance(noun.weights, Tensor):
+        return [*tensors, noun.weights], ("ensemble", noun.space, None, members)
     return tensors, ("ensemble", noun.space, noun.weights, members)
 
 
@@ -130,5 +132,5 @@ def unpack(tensors: list[Tensor], description: tuple) -> Targets | None:
             for count, member in descriptions:
                 members.append(unpack(tensors[begin : begin + count], member))
                 begin += count
-            return EnsembleLogits(tuple(members), weights, space)  # type: ignore[arg-type]
+            return EnsembleLogits(tuple(members), tensors[-1] if weights is None else weights, space)  # type: ignore[arg-type]
     raise AssertionError(f"no such noun: {description}")

@@ -257,6 +257,13 @@ class Batch:
         """The tag of its documents, which is one."""
         return self.documents[0].tag
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """int64 ``[N]`` twice: the key of each row's document, and the row's place in it. Names a row in draws."""
+        lengths = torch.tensor([len(document) - 1 for document in self.documents])
+        keys = torch.tensor([document.key for document in self.documents]).repeat_interleave(lengths)
+        places = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        return keys.to(self.rows.device), places.to(self.rows.device)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on another device."""
         tensors = (self.input_ids, self.position_ids, self.rows, self.labels, self.counted)

@@ -116,6 +116,8 @@ def train(config: Config) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             share = deal(method.tokens.step(step), accelerator.num_processes)[accelerator.process_index]
+            for objective in method.objectives.values():
+                objective.begin_step(step)
             documents = method.tokens.produce(share, step)
             metrics = accumulate(accelerator, module, method, documents, config)
             norm = accelerator.clip_grad_norm_(module.parameters(), config.optim.clip or math.inf)

@@ -7,7 +7,7 @@ Each is a small object, and a method is a named combination of three. What the t
    Draws are functions of the run's seed, the step and the document's own tokens, so the split changes none of them;
 3. documents are grouped by their tag, and each group goes through the objective of that tag in micro-batches;
 4. ``teacher.targets(batch)``, where the objective has a teacher;
-5. ``objective.loss(student, targets, batch, normalizer)``: its share of the mean over all documents of that tag in the step;
+5. ``objective.loss(student, targets, batch, normalizer)``, which knows the step from ``begin_step``: its share of the mean over all documents of that tag in the step;
 6. ``method.after_step(i, metrics)``: schedules move on.
 """
 
@@ -102,6 +102,9 @@ class Objective(nn.Module):
 
     stats: tuple[str, ...] = ("label_logprob",)
     has_teacher: bool = True
+
+    def begin_step(self, index: int) -> None:
+        """Told which step comes, before it begins: for draws and schedules, which are functions of it."""
 
     def count(self, document: Document) -> int:
         """What a document adds to the step's normaliser: its rows that count; of objectives on whole sequences, 1."""

@@ -69,7 +69,7 @@ def layers_on(layers: int, step: int, options: Options) -> list[int]:
 
 
 class EarlyExits(Objective):
-    """The exits of a step are rows of one call, each with its weight. ``step`` is kept up to date by the token source."""
+    """The exits of a step are rows of one call, each with its weight."""
 
     stats = ("label_logprob",)
     has_teacher = False
@@ -77,6 +77,9 @@ class EarlyExits(Objective):
     def __init__(self, options: Options) -> None:
         super().__init__()
         self.options, self.step = options, 0
+
+    def begin_step(self, index: int) -> None:
+        self.step = index
 
     def forward(
         self, student: CausalLM, targets: Targets, batch: Batch, normalizer: float, max_scratch_bytes: int | None = None
@@ -107,21 +110,9 @@ class EarlyExits(Objective):
         return KDLoss(result.loss + distilled.loss, result.stats)
 
 
-@dataclass(frozen=True)
-class _CountingTokens(DatasetTokens):
-    """Tells the objective which step it is in."""
-
-    exits: EarlyExits | None = None
-
-    def produce(self, documents, index):
-        self.exits.step = index
-        return list(documents)
-
-
 def build(config: Config, parts: Parts) -> Method:
-    exits = EarlyExits(config.options)
-    plan = DatasetTokens.of(config, parts.documents).plan
-    return Method.single("layerskip", _CountingTokens(parts.documents, plan, exits), NoTeacher(), exits)
+    tokens = DatasetTokens.of(config, parts.documents)
+    return Method.single("layerskip", tokens, NoTeacher(), EarlyExits(config.options))
 
 
 register(MethodSpec(
