@@ -10,8 +10,24 @@ import pytest
 import torch
 
 import oracles
+from judge import SOME, Dense, Linear, compare_on_matrix_units
 from kd_kernels import LinearLogits, heads, kd_loss
 from kd_kernels.testing import linear_pair
+
+
+@pytest.mark.parametrize("divergence", SOME)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"valid_vocab": 120}, {"scale": 0.7, "softcap": 6.0}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_gradients_of_every_map(monkeypatch, divergence, reduction, options, backend):
+    monkeypatch.setattr(heads, "has_native_bf16_products", lambda: True)
+    pair = linear_pair(48, 130, 64, 96, torch.bfloat16)
+    options = dict(options)
+    bias = torch.linspace(-1, 1, 130).bfloat16() if options.pop("bias", False) else None
+    student = Linear(pair.student_hidden, pair.student_weight, bias, **options)
+    teacher = Linear(pair.teacher_hidden, pair.teacher_weight, **options)
+    for target in (teacher, Dense(teacher.oracle(teacher.leaves)[:, : options.get("valid_vocab", 130)])):
+        compare_on_matrix_units(student, target, divergence, reduction=reduction, backend=backend)
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
