@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "cpu/row_loss.h"
+#include "cpu/sampling.h"
 #include "cpu/token_stats.h"
 #include "cpu/topk.h"
+#include "kd/philox.h"
 
 namespace py = pybind11;
 
@@ -135,6 +137,30 @@ template <class S> void define_token_stats(py::module_& m, const char* name) {
         py::arg("argmax"), py::arg("rank"), py::arg("threads"));
 }
 
+template <class S>
+void sample(const RawTuple& logits, int64_t rows, int64_t vocab, Address seeds, Address keys, Address positions, Address inverse,
+            Address top_k, Address top_p, Address min_p, Address given, uint32_t race, Address ids, Address logprobs,
+            Address model_logprobs, Address entropy, Address lse, int threads) {
+  const kd::Sampling<S> job{rows, vocab, raw_logits<S>(logits), pointer<const int64_t>(seeds), pointer<const int64_t>(keys),
+                            pointer<const int64_t>(positions), pointer<const S>(inverse), pointer<const int64_t>(top_k),
+                            pointer<const double>(top_p), pointer<const double>(min_p), pointer<const int64_t>(given), race,
+                            pointer<int64_t>(ids), pointer<S>(logprobs), pointer<S>(model_logprobs), pointer<S>(entropy),
+                            pointer<S>(lse), threads};
+  KD_DISPATCH(sample_rows(job))
+}
+
+template <class S> void define_sample(py::module_& m, const char* name) {
+  m.def(name, &sample<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("logits"), py::arg("rows"),
+        py::arg("vocab"), py::arg("seeds"), py::arg("keys"), py::arg("positions"), py::arg("inverse"), py::arg("top_k"),
+        py::arg("top_p"), py::arg("min_p"), py::arg("given"), py::arg("race"), py::arg("ids"), py::arg("logprobs"),
+        py::arg("model_logprobs"), py::arg("entropy"), py::arg("lse"), py::arg("threads"));
+}
+
+std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
+  const kd::Words words = kd::philox(counter.at(0), counter.at(1), counter.at(2), counter.at(3), key.at(0), key.at(1));
+  return {words.w, words.w + 4};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -161,4 +187,7 @@ PYBIND11_MODULE(_C, m) {
   define_topk<double>(m, "topk_rows_fp64");
   define_token_stats<float>(m, "token_stats_fp32");
   define_token_stats<double>(m, "token_stats_fp64");
+  define_sample<float>(m, "sample_fp32");
+  define_sample<double>(m, "sample_fp64");
+  m.def("philox", &philox, "Four words of a counter and a key: for the known answers.");
 }

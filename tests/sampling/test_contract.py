@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from kd_kernels import sample, testing
+from kd_kernels import _backend, sample, testing
 from kd_kernels.sampling import philox
 from sampling_judge import assert_samples
 
@@ -37,6 +37,7 @@ def test_philox_has_the_known_answers(counter: list[int], key: list[int], expect
     as_tensors = lambda words: tuple(torch.tensor(word) for word in words)  # noqa: E731
     assert [int(word) for word in philox.philox4x32(as_tensors(counter), as_tensors(key))] == expected
     assert list(oracles.philox(tuple(counter), tuple(key))) == expected
+    assert _backend.extension().philox(counter, key) == expected
 
 
 def test_words_are_addressed_as_the_page_says() -> None:

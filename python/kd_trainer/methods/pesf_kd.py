@@ -48,7 +48,7 @@ class Options:
 
 
 class Adapter(nn.Module):
-    """``A(h)``, which is 0 at first, so that training starts from the teacher as it is."""
+    """``h + A(h)``; A is 0 at first, so that training starts from the teacher as it is."""
 
     def __init__(self, hidden: int, width: int, dropout: float) -> None:
         super().__init__()

@@ -29,6 +29,8 @@ CASES: dict[str, dict] = {
     "mix_distillation": {"options": {"sources": ["<text>"], "weights": [0.5, 0.5]}},
     "mixce": {},
     "muscle": {"teachers": 2},
+    "pesf_kd": {"teachers": 1, "options": {"dropout": 0.0}},
+    "sel": {"teachers": 1, "options": {"labels": "text"}},
     "sft": {},
 }
 """By name: how many live teachers a method has here, or whether it has a cache of one, and what it is told beside its
