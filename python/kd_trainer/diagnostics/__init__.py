@@ -1,6 +1,5 @@
-"""What a distillation did beside its loss: whether a head is too narrow for a teacher, what an update broke, how errors grow.
+"""What a distillation did beside its loss: whether a head is too narrow for a teacher, what an update broke.
 
 ``bottleneck``   head spectrum, anisotropy, and the KL that no head of a width can go below
 ``flips``        negative flips and churn between two models
-``exposure``     fidelity on the student's own prefixes, and ExAccErr
 """
