@@ -70,6 +70,7 @@ struct Job {
   std::vector<double> params;
   double temperature, kd_weight, ce_weight;
   Address labels, weight, gradient;
+  bool gradient_is_bf16;
   int64_t gradient_stride;
   Address loss, stats, status;
   int threads;
@@ -81,7 +82,8 @@ template <class S> kd::RowLoss<S> row_loss(const Job& job) {
   const int formula = formula_number(job.formula);
   if (formula < 0) throw std::invalid_argument("kd_kernels._C: no formula named " + job.formula);
   return {job.rows, job.vocab, raw_logits<S>(job.student), formula, job.params.data(), job.temperature, job.kd_weight,
-          job.ce_weight, pointer<const int64_t>(job.labels), pointer<const double>(job.weight), pointer<S>(job.gradient),
+          job.ce_weight, pointer<const int64_t>(job.labels), pointer<const double>(job.weight),
+          pointer<S>(job.gradient_is_bf16 ? 0 : job.gradient), pointer<uint16_t>(job.gradient_is_bf16 ? job.gradient : 0),
           job.gradient_stride, pointer<double>(job.loss), pointer<double>(job.stats), pointer<int32_t>(job.status),
           job.threads};
 }
@@ -169,14 +171,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Job>(m, "Job")
       .def(py::init([](int64_t rows, int64_t vocab, RawTuple student, std::string formula, std::vector<double> params,
                        double temperature, double kd_weight, double ce_weight, Address labels, Address weight,
-                       Address gradient, int64_t gradient_stride, Address loss, Address stats, Address status, int threads) {
+                       Address gradient, bool gradient_is_bf16, int64_t gradient_stride, Address loss, Address stats,
+                       Address status, int threads) {
              return Job{rows, vocab, student, formula, params, temperature, kd_weight, ce_weight, labels, weight, gradient,
-                        gradient_stride, loss, stats, status, threads};
+                        gradient_is_bf16, gradient_stride, loss, stats, status, threads};
            }),
            py::kw_only(), py::arg("rows"), py::arg("vocab"), py::arg("student"), py::arg("formula"), py::arg("params"),
            py::arg("temperature"), py::arg("kd_weight"), py::arg("ce_weight"), py::arg("labels"), py::arg("weight"),
-           py::arg("gradient"), py::arg("gradient_stride"), py::arg("loss"), py::arg("stats"), py::arg("status"),
-           py::arg("threads"));
+           py::arg("gradient"), py::arg("gradient_is_bf16"), py::arg("gradient_stride"), py::arg("loss"),
+           py::arg("stats"), py::arg("status"), py::arg("threads"));
   const auto released = py::call_guard<py::gil_scoped_release>();
   m.def("dense_rows_fp32", &dense<float>, released);
   m.def("dense_rows_fp64", &dense<double>, released);

@@ -11,7 +11,8 @@ divergence is a difference p - q, which rounding the logits makes wrong by 3 to 
 G itself may be rounded: its error stays relative to G.
 
 On a GPU the products of half-precision operands are written in fp32 (``out_dtype``). torch's CPU products cannot do that,
-so there half-precision weights are widened tile by tile and multiplied in fp32; a bf16 input is exact in fp32.
+so there half-precision weights are widened tile by tile and multiplied in fp32; a bf16 input is exact in fp32. Where a CPU
+multiplies bf16 in hardware, the gradient of a bf16 head is a bf16 tile there as well.
 """
 
 from __future__ import annotations
@@ -86,25 +87,24 @@ class Head(ABC):
 
 
 class CpuHead(Head):
-    """Widened tiles in fp32; gradient products in bf16 where the processor has them and the inputs are bf16."""
+    """Widened tiles in fp32; the gradient tile and its products in bf16 where the processor has them and the inputs are bf16."""
 
     def __init__(
         self, linear: LinearLogits, dtype: torch.dtype, columns: int, precision: str, autocast: torch.dtype | None
     ) -> None:
         super().__init__(linear, dtype, columns, precision, autocast)
-        self.tile_dtype = dtype
+        inputs = {self.weight.dtype, linear.hidden.dtype} if self.autocast is None else {self.autocast}
+        multiplies_bf16 = inputs == {torch.bfloat16} and dtype == torch.float32 and has_native_bf16_products()
+        self.tile_dtype = torch.bfloat16 if multiplies_bf16 else dtype
         width = self.weight.shape[1]
         self.widens = self.weight.dtype != dtype or self.autocast is not None
         self.tile = max(64, WEIGHT_TILE_BYTES // (width * dtype.itemsize)) if self.widens else PRODUCT_COLUMNS
         self.fixed_bytes = min(self.tile, columns) * width * dtype.itemsize if self.widens else 0
-        inputs = {self.weight.dtype, linear.hidden.dtype} if self.autocast is None else {self.autocast}
-        self.uses_bf16 = inputs == {torch.bfloat16} and has_native_bf16_products()
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the weight, in the work dtype, that cover its columns."""
-        for begin in range(0, self.columns, self.tile):
-            piece = slice(begin, min(begin + self.tile, self.columns))
-            yield piece, self.rounded(self.weight[piece]).to(self.dtype)
+    def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of the weight, in the given dtype, that cover its columns."""
+        for piece in pieces(self.columns, self.tile):
+            yield piece, self.rounded(self.weight[piece]).to(dtype)
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         if self.precision == "input":
@@ -112,29 +112,29 @@ class CpuHead(Head):
             out.copy_(hidden.to(low) @ self.rounded(self.weight).t())
             return
         hidden = hidden.to(self.dtype)
-        for piece, weight in self._tiles():
+        for piece, weight in self._tiles(self.dtype):
             torch.mm(hidden, weight.t(), out=out[:, piece])
 
     def hidden_gradient(self, gradient: Tensor, out: Tensor | None) -> Tensor:
-        if self.uses_bf16:
-            return gradient.to(torch.bfloat16) @ self.weight.to(torch.bfloat16)
-        if not self.widens and out is not None and out.dtype == self.dtype:
-            return torch.mm(gradient, self.weight, out=out)
-        total = gradient.new_zeros(gradient.shape[0], self.weight.shape[1])
-        for piece, weight in self._tiles():
-            total.addmm_(gradient[:, piece], weight)
+        if self.weight.dtype == (self.autocast or self.weight.dtype) == self.tile_dtype:
+            is_fit = out is not None and out.dtype == self.tile_dtype
+            return torch.mm(gradient, self.weight, out=out) if is_fit else gradient @ self.weight
+        total = gradient.new_zeros(gradient.shape[0], self.weight.shape[1], dtype=self.dtype)
+        for piece, weight in self._tiles(self.tile_dtype):
+            total += gradient[:, piece] @ weight
         return total
 
     def weight_total(self, chunks: int) -> torch.dtype:
-        return torch.bfloat16 if self.uses_bf16 and chunks == 1 else self.dtype
+        return self.tile_dtype if chunks == 1 else self.dtype
 
     def add_weight_gradient(self, gradient: Tensor, hidden: Tensor, total: Tensor, is_first: bool) -> None:
-        if total.dtype == torch.bfloat16:
-            total.copy_(gradient.to(torch.bfloat16).t() @ hidden.to(torch.bfloat16))
-        elif is_first:
-            torch.mm(gradient.t(), hidden.to(self.dtype), out=total)
-        else:
-            torch.addmm(total, gradient.t(), hidden.to(self.dtype), out=total)
+        if total.dtype == self.tile_dtype:
+            product_into(total, gradient.t(), hidden.to(total.dtype), adds=not is_first)
+            return
+        # torch has no product of bf16 with an fp32 sum on a CPU: the tile is widened where a tile of the weight was.
+        hidden = hidden.to(self.dtype)
+        for piece in pieces(self.columns, max(64, self.fixed_bytes // (gradient.shape[0] * self.dtype.itemsize))):
+            product_into(total[piece], gradient[:, piece].to(self.dtype).t(), hidden, adds=not is_first)
 
 
 class GpuHead(Head):
@@ -177,8 +177,14 @@ class GpuHead(Head):
         product_into(total, gradient.t(), hidden.to(self.operand), adds=not is_first)
 
 
+def pieces(columns: int, width: int) -> Iterator[slice]:
+    """Slices of at most ``width`` that cover ``columns``."""
+    for begin in range(0, columns, width):
+        yield slice(begin, min(begin + width, columns))
+
+
 def product_into(out: Tensor, left: Tensor, right: Tensor, adds: bool = False) -> None:
-    """``out = left @ right`` or ``out += left @ right`` on a GPU, where ``out`` has the operands' dtype or is fp32."""
+    """``out = left @ right`` or ``out += left @ right``, where ``out`` has the operands' dtype or, on a GPU, is fp32."""
     if out.dtype == left.dtype:
         torch.addmm(out, left, right, out=out) if adds else torch.mm(left, right, out=out)
     elif adds:

@@ -153,7 +153,8 @@ class LinearSource(Source):
         self.dtype = dtype
         self.bias = None if linear.bias is None else linear.bias[:columns].to(dtype).contiguous()
         self.pitch = columns if linear.device.type == "cpu" else -(-columns // PITCH) * PITCH
-        self.bytes_per_row = (self.pitch + linear.weight.shape[1]) * dtype.itemsize
+        # Of the hidden states' width: what is rounded or widened of them, or a sum of their gradient and what is added to it.
+        self.bytes_per_row = (self.pitch + 2 * linear.weight.shape[1]) * dtype.itemsize
         self.fixed_bytes = self.head.fixed_bytes
 
     def open(self, rows_per_chunk: int) -> None:

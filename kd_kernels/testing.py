@@ -44,7 +44,7 @@ class Floor:
 FLOORS = {
     torch.float64: Floor(relative=1e-10, absolute=1e-13),  # exp and log to the last bit or two, then sums over V
     torch.float32: Floor(relative=2e-5, absolute=1e-6),  # a logit of 10 carries 1e-6, and so does its probability
-    # Half a unit in the last place: of the tile that a half-precision product of the gradient may be fed.
+    # Half a unit in the last place: of the result, and of the fp16 tile that a product of the gradient may be fed.
     torch.float16: Floor(relative=2.0**-11, absolute=1e-6),
     torch.bfloat16: Floor(relative=2.0**-8, absolute=1e-6),
 }

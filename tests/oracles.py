@@ -124,9 +124,14 @@ def linear(
     scale: float = 1.0,
     softcap: float | None = None,
     valid_vocab: int | None = None,
+    gradient_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Logits of a head, with the padding columns cut off."""
-    logits = scale * F.linear(hidden, weight, bias)
+    """Logits of a head, with the padding columns cut off. The gradient of the product is rounded to ``gradient_dtype``, as
+    autograd does where half-precision products are widened to fp32 before the loss."""
+    product = F.linear(hidden, weight, bias)
+    if gradient_dtype is not None and product.requires_grad:
+        product.register_hook(lambda gradient: gradient.to(gradient_dtype).to(gradient.dtype))
+    logits = scale * product
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return logits[..., :valid_vocab]

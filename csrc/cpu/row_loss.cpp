@@ -154,7 +154,18 @@ template <class S> bool open_row(const RowLoss<S>& job, int64_t row) {
     for (int i = 0; i < kStats; ++i) job.stats[row * kStats + i] = std::nan("");
   if (job.weight[row] != 0) return true;
   if (job.gradient) std::memset(job.gradient + row * job.gradient_stride, 0, sizeof(S) * job.vocab);
+  if (job.bf16_gradient) std::memset(job.bf16_gradient + row * job.gradient_stride, 0, sizeof(uint16_t) * job.vocab);
   return false;
+}
+
+// Where the gradient of a row is formed: in its place, or in scratch, from where close_row rounds it into its place.
+template <class S> S* slots_of(const RowLoss<S>& job, int64_t row, S* scratch) {
+  return job.gradient ? job.gradient + row * job.gradient_stride : scratch;
+}
+template <class S> void close_row(const RowLoss<S>& job, int64_t row, const S* slots) {
+  if (!job.bf16_gradient) return;
+  uint16_t* out = job.bf16_gradient + row * job.gradient_stride;
+  for (int64_t v = 0; v < job.vocab; ++v) out[v] = to_bf16(static_cast<float>(slots[v]));
 }
 
 // The label if the row needs one; -1 if not, or if it is out of range (then the row's status says so).
@@ -201,9 +212,9 @@ template <class S> void dense_row(const RowLoss<S>& job, const RawLogits<S>& tea
   job.loss[row] = wants_kd ? job.kd_weight * sums.f : 0;
   if (student.wants_ce) job.loss[row] -= job.ce_weight * label_logprob;
   if (job.stats) job.stats[row * kStats + kDivergence] = sums.f;
-  if (!job.gradient) return;
+  if (!job.wants_gradient()) return;
 
-  S* out = job.gradient + row * job.gradient_stride;
+  S* out = slots_of(job, row, g);  // a column of g is read before it is written
   const double kd = job.kd_weight / job.temperature, inverse_sum = 1 / q.sum;
   const S slope_at_label = label >= 0 ? student.slope(q.z[label]) : S{};
   over_columns<S>(0, n, [&](auto lane, int64_t v) {
@@ -215,6 +226,7 @@ template <class S> void dense_row(const RowLoss<S>& job, const RawLogits<S>& tea
     store(out + v, slot * student.slope(z) * splat<T>(job.weight[row]));
   });
   if (student.wants_ce) out[label] -= static_cast<S>(job.weight[row] * job.ce_weight) * slope_at_label;
+  close_row(job, row, out);
 }
 
 template <class S>
@@ -331,9 +343,9 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
     for (int64_t i = 0; i < k; ++i)
       if (ids[i] == label) stats[kTeacherLabelLogprob] = given[i];
   }
-  if (!job.gradient) return;
+  if (!job.wants_gradient()) return;
 
-  S* out = job.gradient + row * job.gradient_stride;
+  S* out = slots_of(job, row, z);  // a column of z is read before it is written
   const double kd = job.kd_weight / job.temperature, inverse_sum = 1 / sum, weight = job.weight[row];
   // What an id outside the kept set gets is proportional to its q: the tail's own g spread over it, less its share of G.
   double spread = renormalise ? 0 : -sums.g;
@@ -359,6 +371,7 @@ void sparse_row(const RowLoss<S>& job, const SparseRows<S>& teacher, int64_t row
     out[ids[i]] = slot * student.slope(kept_z[i]) * static_cast<S>(weight);
   }
   if (student.wants_ce) out[label] -= static_cast<S>(weight * job.ce_weight) * student.slope(z_label);
+  close_row(job, row, out);
 }
 
 template <class S> void run_dense(const RowLoss<S>& job, const RawLogits<S>& teacher) {

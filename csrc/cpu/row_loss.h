@@ -36,11 +36,13 @@ template <class S> struct RowLoss {
   const int64_t* labels;  // [rows] or null
   const double* weight;   // [rows], multiplies the gradient; a row of weight 0 is skipped
   S* gradient;            // [rows, vocab] with respect to raw, or null; may be the student's own memory
-  int64_t gradient_stride;
+  uint16_t* bf16_gradient;  // the same rounded to bf16, or null: one of the two at most
+  int64_t gradient_stride;  // of the one that is there
   double* loss;   // [rows], not weighted
   double* stats;  // [rows, kStats] or null
   int32_t* status;  // [rows]
   int threads;
+  bool wants_gradient() const { return gradient || bf16_gradient; }
 };
 
 #define KD_DECLARE_ROW_LOSS(isa)                                                            \

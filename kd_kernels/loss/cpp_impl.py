@@ -53,7 +53,8 @@ def _job(
     rows, columns = student.raw.shape
     assert weight.dtype == torch.float64 and weight.is_contiguous()
     assert labels is None or (labels.dtype == torch.int64 and labels.is_contiguous())
-    assert gradient is None or gradient.dtype == student.raw.dtype
+    is_bf16 = gradient is not None and gradient.dtype == torch.bfloat16
+    assert gradient is None or is_bf16 or gradient.dtype == student.raw.dtype
     loss = torch.empty(rows, dtype=torch.float64)
     stats = torch.empty(rows, len(STATS), dtype=torch.float64) if want_stats else None
     status = torch.empty(rows, dtype=torch.int32)
@@ -61,7 +62,7 @@ def _job(
         rows=rows, vocab=columns, student=student.addresses(), formula=job.divergence.kernel,
         params=list(job.divergence.values), temperature=job.temperature, kd_weight=job.kd_weight, ce_weight=job.ce_weight,
         labels=0 if labels is None else labels.data_ptr(), weight=weight.data_ptr(),
-        gradient=0 if gradient is None else gradient.data_ptr(),
+        gradient=0 if gradient is None else gradient.data_ptr(), gradient_is_bf16=is_bf16,
         gradient_stride=0 if gradient is None else gradient.stride(0), loss=loss.data_ptr(),
         stats=0 if stats is None else stats.data_ptr(), status=status.data_ptr(), threads=torch.get_num_threads(),
     )

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from judge import CASES, SOME, Dense, Linear, Teacher, compare, run_library, smallest_budget
+from judge import CASES, SOME, Dense, Linear, Teacher, compare, every_product, run_library, smallest_budget
 from kd_kernels.testing import linear_pair
 
 every_divergence = pytest.mark.parametrize("divergence", list(CASES))
@@ -79,9 +79,9 @@ def dressed(head: Linear, options: dict, dtype: torch.dtype) -> Linear:
 
 @some_divergences
 @pytest.mark.parametrize("options", list(HEADS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_product
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_heads(backend: str, divergence: str, options: str, dtype: torch.dtype, reduction: str) -> None:
+def test_heads(backend: str, divergence: str, options: str, dtype: torch.dtype, bf16_products: bool, reduction: str) -> None:
     student, teacher = heads(7, 130, dtype, logit_std=4.0)
     student = dressed(student, HEADS[options], dtype)
     cut = {"valid_vocab": 121} if "valid_vocab" in HEADS[options] else {}
@@ -114,9 +114,9 @@ def test_dense_teacher_of_linear_student(backend: str, divergence: str) -> None:
 @some_divergences
 @pytest.mark.parametrize("times", [1, 2, 3.5, 100])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_product
 def test_every_chunking_is_right(
-    backend: str, divergence: str, times: float, reduction: str, dtype: torch.dtype
+    backend: str, divergence: str, times: float, reduction: str, dtype: torch.dtype, bf16_products: bool
 ) -> None:
     """From the budget that one row takes, exactly, to one that holds everything."""
     student, teacher = heads(7, 130, dtype)
@@ -144,9 +144,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_product
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_layouts(backend: str, layout: str, dtype: torch.dtype, reduction: str) -> None:
+def test_layouts(backend: str, layout: str, dtype: torch.dtype, bf16_products: bool, reduction: str) -> None:
     view = LAYOUTS[layout]
     student, teacher = (Linear(view(h.hidden), view(h.weight)) for h in heads(6, 45, dtype))
     compare(student, teacher, "forward_kl", backend=backend, reduction=reduction)

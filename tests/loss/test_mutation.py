@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from judge import CASES, Dense, Linear, Sparse, compare, run_library, run_oracle
+from judge import CASES, Dense, Linear, Sparse, compare, every_product, run_library, run_oracle
 from kd_kernels.loss.driver import row_implementation
 from kd_kernels.testing import assert_as_good, linear_pair, logits_pair
 
@@ -113,10 +113,11 @@ def mutate_rows(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[
 
 @pytest.mark.parametrize("mutation", ["scaled by 1.01", "off-target entries zero", "one entry zero", "one column late"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_product
 @pytest.mark.parametrize("teacher", ["linear", "sparse"])
 def test_changed_gradients_of_the_library_fail(
-    backend: str, mutation: str, reduction: str, dtype: torch.dtype, teacher: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, mutation: str, reduction: str, dtype: torch.dtype, bf16_products: bool, teacher: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     student, target = heads(dtype)
     if teacher == "sparse":

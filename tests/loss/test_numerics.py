@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import oracles
-from judge import SOME, Dense, Linear, Sparse, Student, Teacher, compare, run_library, run_oracle, smallest_budget
+from judge import (
+    SOME, Dense, Linear, Sparse, Student, Teacher, compare, every_product, run_library, run_oracle, smallest_budget,
+)
 from kd_kernels import LinearLogits, kd_loss
 from kd_kernels.testing import linear_pair, logits_pair
 
@@ -86,10 +88,10 @@ def test_dw_is_summed_in_fp32(backend: str, divergence: str, bf16_products: bool
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_product
 @pytest.mark.parametrize("teacher", ["linear", "dense", "sparse"])
 def test_scratch_budget_changes_nothing_but_rounding(
-    backend: str, teacher: str, dtype: torch.dtype, reduction: str
+    backend: str, teacher: str, dtype: torch.dtype, bf16_products: bool, reduction: str
 ) -> None:
     pair = linear_pair(33, 300, 32, 48, dtype)
     student = Linear(pair.student_hidden, pair.student_weight)

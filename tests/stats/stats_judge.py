@@ -49,9 +49,9 @@ def compare(
     assert all(getattr(stats, name).device == leaves[next(iter(leaves))].device for name in (*NUMBERS, *PLACES))
     work = torch.float64 if any(leaf.dtype == torch.float64 for leaf in leaves.values()) else torch.float32
     truths = []
-    for dtype in (torch.float64, work):
+    for dtype, logits_of in ((torch.float64, type(model).oracle), (work, judge.plain_logits)):
         cast = {name: leaf.to(dtype).requires_grad_(name in wanted) for name, leaf in model.leaves.items()}
-        truths.append((cast, oracles.token_stats(model.oracle(cast), ids.flatten().long())))
+        truths.append((cast, oracles.token_stats(logits_of(model, cast), ids.flatten().long())))
     (true_leaves, truth), (plain_leaves, plain) = truths
     assert_stats(stats, {k: v.detach() for k, v in truth.items()}, {k: v.detach() for k, v in plain.items()})
     assert stats.logprob.requires_grad == bool(wanted)

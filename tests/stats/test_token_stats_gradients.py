@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from judge import Dense, Linear
+from judge import Dense, Linear, every_product
 from kd_kernels import EnsembleLogits, LinearLogits, kd_loss, token_stats
 from kd_kernels.stats import api
 from kd_kernels.testing import FLOORS, linear_pair, logits_pair
@@ -50,9 +50,11 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(lambda z: token_stats(z, ids, backend=backend).logprob, logits)
 
 
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize(
+    "dtype, bf16_products", [*((dtype, False) for dtype in FLOORS), (torch.bfloat16, True)], indirect=["bf16_products"]
+)
 @pytest.mark.parametrize("options", MAPS)
-def test_gradients_are_the_oracles(options: str, dtype: torch.dtype, backend: str) -> None:
+def test_gradients_are_the_oracles(options: str, dtype: torch.dtype, bf16_products: bool, backend: str) -> None:
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("not a dtype of this backend")
     compare(linear(dtype, **MAPS[options]), IDS, upstream=UPSTREAM, backend=backend)
@@ -107,9 +109,9 @@ MODULES = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
 
 
 @pytest.mark.parametrize("factor", [1.01, 0.99, -1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_product
 def test_a_changed_gradient_fails(
-    factor: float, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+    factor: float, dtype: torch.dtype, bf16_products: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison is tested: what the row pass writes is changed before the products with it."""
     rows = importlib.import_module(f"kd_kernels.loss.{MODULES[backend]}")

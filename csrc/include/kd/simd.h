@@ -57,6 +57,13 @@ template <class V, class S> KD_INLINE V load(const S* p) {
 }
 template <class V, class S> KD_INLINE void store(S* p, V v) { std::memcpy(p, &v, sizeof(v)); }
 
+// Rounded to nearest, ties to even, as torch does; NaN stays NaN. A loop over it becomes vectors.
+KD_INLINE uint16_t to_bf16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(x == x ? rounded : 0x7fc0);
+}
+
 template <class M, class T> KD_INLINE T where(M mask, T a, T b) { return mask ? a : b; }
 template <class T> KD_INLINE T maximum(T a, T b) { return where(a > b, a, b); }
 template <class T> KD_INLINE T minimum(T a, T b) { return where(a < b, a, b); }
