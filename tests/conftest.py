@@ -113,18 +113,8 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def same_products_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU without bf16 products, whatever this one has: there every row is held to fp32 arithmetic. Where the tile of the
-    gradient is rounded to bf16, terms carry that error before they cancel, and single rows cannot be held to their own size: those
-    products have tests of their own (test_native_bf16.py and the fixture below), on any machine."""
-    monkeypatch.setattr("kd_kernels.heads.has_native_bf16_products", lambda: False)
-
-
 @pytest.fixture(params=[False, True], ids=["fp32 products", "bf16 products"])
-def bf16_products(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, same_products_on_every_machine: None
-) -> bool:
+def bf16_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """As on a CPU without and with bf16 products in hardware: either must be tested on any machine."""
     monkeypatch.setattr("kd_kernels.heads.has_native_bf16_products", lambda: request.param)
     return request.param
