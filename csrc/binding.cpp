@@ -3,14 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/row_loss.h"
+#include "cpu/sampling.h"
 #include "cpu/token_stats.h"
 #include "cpu/topk.h"
+#include "kd/philox.h"
 
 namespace py = pybind11;
 
@@ -135,6 +138,27 @@ template <class S> void define_token_stats(py::module_& m, const char* name) {
         py::arg("argmax"), py::arg("rank"), py::arg("threads"));
 }
 
+// Names and arguments of the rows: seeds, keys, positions, inverse temperatures, and top_k, top_p, min_p or 0
+using RequestTuple = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
+
+template <class S>
+void sample_rows(const RawTuple& logits, int64_t rows, int64_t vocab, const RequestTuple& t, Address given, uint32_t race,
+                 Address ids, Address logprobs, Address model_logprobs, Address entropy, Address lse, int threads) {
+  const kd::SampleRows<S> job{rows, vocab, raw_logits<S>(logits), pointer<const int64_t>(std::get<0>(t)),
+                              pointer<const int64_t>(std::get<1>(t)), pointer<const int64_t>(std::get<2>(t)),
+                              pointer<const S>(std::get<3>(t)), pointer<const int64_t>(std::get<4>(t)),
+                              pointer<const double>(std::get<5>(t)), pointer<const double>(std::get<6>(t)),
+                              pointer<const int64_t>(given), race, pointer<int64_t>(ids), pointer<S>(logprobs),
+                              pointer<S>(model_logprobs), pointer<S>(entropy), pointer<S>(lse), threads};
+  KD_DISPATCH(sample_rows(job))
+}
+
+template <class S> void define_sample_rows(py::module_& m, const char* name) {
+  m.def(name, &sample_rows<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("logits"), py::arg("rows"),
+        py::arg("vocab"), py::arg("request"), py::arg("given"), py::arg("race"), py::arg("ids"), py::arg("logprobs"),
+        py::arg("model_logprobs"), py::arg("entropy"), py::arg("lse"), py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -161,4 +185,10 @@ PYBIND11_MODULE(_C, m) {
   define_topk<double>(m, "topk_rows_fp64");
   define_token_stats<float>(m, "token_stats_fp32");
   define_token_stats<double>(m, "token_stats_fp64");
+  define_sample_rows<float>(m, "sample_rows_fp32");
+  define_sample_rows<double>(m, "sample_rows_fp64");
+  m.def("philox4x32", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+    const kd::Words w = kd::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+    return std::array<uint32_t, 4>{w.word[0], w.word[1], w.word[2], w.word[3]};
+  });
 }
