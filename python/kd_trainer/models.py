@@ -69,8 +69,12 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch) -> LinearLogits:
         """What stands for the ``[N, V]`` logits of the batch's rows."""
+        return self.logits(self.hidden(batch))
+
+    def logits(self, hidden: Tensor) -> LinearLogits:
+        """What stands for the ``[..., V]`` logits of last hidden states ``[..., H]``."""
         return LinearLogits(
-            self.hidden(batch), self.head.weight, getattr(self.head, "bias", None),
+            hidden, self.head.weight, getattr(self.head, "bias", None),
             scale=self.scale, softcap=self.softcap, valid_vocab=self.valid_vocab,
         )
 
@@ -129,11 +133,12 @@ def head_transform(config: object) -> tuple[float, float | None]:
 
 
 def dense_logits(logits: LinearLogits) -> Tensor:
-    """fp32 ``[N, V]`` logits of a *few* rows: for the comparison of models, in chunks, and for the check above."""
+    """fp32 (fp64 of fp64) ``[N, V]`` logits of a *few* rows: to compare models, in chunks, and for the check above."""
     weight, bias = logits.weight[: logits.vocab], None if logits.bias is None else logits.bias[: logits.vocab]
+    dtype = torch.promote_types(logits.hidden.dtype, torch.float32)
     with torch.autocast(logits.device.type, enabled=False):
-        product = logits.hidden.float() @ weight.float().T
-    product = (product if bias is None else product + bias.float()) * logits.scale
+        product = logits.hidden.to(dtype) @ weight.to(dtype).T
+    product = (product if bias is None else product + bias.to(dtype)) * logits.scale
     return product if logits.softcap is None else logits.softcap * torch.tanh(product / logits.softcap)
 
 
