@@ -152,11 +152,12 @@ def head_transform(config: object) -> tuple[float, float | None]:
 
 
 def dense_logits(logits: LinearLogits) -> Tensor:
-    """fp32 ``[N, V]`` logits of a *few* rows: for the comparison of models, in chunks, and for the check above."""
+    """fp32 (fp64 of fp64) ``[N, V]`` logits of a *few* rows: to compare models, in chunks, and for the check above."""
     weight, bias = logits.weight[: logits.vocab], None if logits.bias is None else logits.bias[: logits.vocab]
+    dtype = torch.promote_types(logits.hidden.dtype, torch.float32)
     with torch.autocast(logits.device.type, enabled=False):
-        product = logits.hidden.float() @ weight.float().T
-    product = (product if bias is None else product + bias.float()) * logits.scale
+        product = logits.hidden.to(dtype) @ weight.to(dtype).T
+    product = (product if bias is None else product + bias.to(dtype)) * logits.scale
     return product if logits.softcap is None else logits.softcap * torch.tanh(product / logits.softcap)
 
 

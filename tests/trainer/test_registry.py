@@ -13,8 +13,9 @@ import torch
 from kd_trainer import registry
 from kd_trainer.cli import main
 from kd_trainer.config import Config, from_tree
-from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, cross_entropy, step_seed
+from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, cross_entropy
 from kd_trainer.registry import MethodSpec, register
+from kd_trainer.rollout import step_seed
 from kd_trainer.teachers import NoTeacher
 from kd_trainer.trainer import train
 

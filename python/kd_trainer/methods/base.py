@@ -14,7 +14,6 @@ Each is a small object, and a method is a named combination of three. What the t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -84,12 +83,6 @@ class DatasetTokens:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         assert not state
-
-
-def step_seed(seed: int, step: int, purpose: str) -> int:
-    """63 bits for the draws of one step and one purpose: those of other steps and purposes are independent of them."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class Objective(nn.Module):

@@ -28,8 +28,9 @@ from kd_kernels.cache import CacheError
 from kd_trainer.config import Config
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import check_one_of, fail
-from kd_trainer.methods.base import DatasetTokens, Method, Objective, Parts, step_seed
+from kd_trainer.methods.base import DatasetTokens, Method, Objective, Parts
 from kd_trainer.registry import MethodSpec, register
+from kd_trainer.rollout import step_seed
 from kd_trainer.teachers import CachedTeacher, live_teachers, teacher_of
 
 
