@@ -95,7 +95,7 @@ def attach(student: CausalLM, targets: BatchTargets, options: KDOptions) -> Call
     before = model.__dict__.get("forward")
     original = model.forward
 
-    @functools.wraps(original)
+    @functools.wraps(getattr(original, "__func__", original))  # Trainer reads its signature to choose a data set's columns
     def forward(self: nn.Module, *args: object, **inputs: object) -> CausalLMOutputWithPast:
         labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
         if labels is None and shifted is None:

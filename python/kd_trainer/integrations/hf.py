@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from kd_kernels import divergences
 from kd_trainer.errors import fail
-from kd_trainer.integrations.attach import attach, base_of, inspected
+from kd_trainer.integrations.attach import attach, inspected
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.targets import AdapterOffTargets, BatchTargets, CachedTargets, LiveTargets
 from kd_trainer.integrations.versions import check_version
@@ -62,10 +62,10 @@ class KDCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **_: object) -> None:
         check_arguments("KDCallback", args)
-        parameters = inspect.signature(base_of(model).forward).parameters.values()
+        student = inspected(model, self.options.valid_vocab)
+        parameters = inspect.signature(student.model.forward).parameters.values()
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             fail("KDCallback", f"forward of {type(model).__name__}", "one that takes **kwargs", "none", "use KDTrainer")
-        student = inspected(model, self.options.valid_vocab)
         self._targets = targets_of(student, model, self.teacher, self.cache, self.options, processing_class)
         self._detach = attach(student, self._targets, self.options)
 
