@@ -41,6 +41,8 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def gkd_config(tmp_path, kind=GKDConfig, **changes):
     options = ARGUMENTS | dict(lmbda=0.0, bf16=False, gradient_checkpointing=False, max_length=128) | changes
+    if kind is GOLDConfig:
+        options["max_completion_length"] = 64
     return kind(str(tmp_path), **options)
 
 
