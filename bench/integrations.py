@@ -1,0 +1,291 @@
+"""Their line and ours: time and peak memory of one forward and backward, on a CPU, each in a process of its own.
+
+``.venv-integrations/bin/python -m bench.integrations [--rows 1024] [--repeats 5]`` writes bench/results/integrations.json and
+prints the README's table; ``--render`` prints it from the file. What cannot run here is left out with its reason.
+
+Losses: two heads of width 576 over 49,152 ids (SmolLM2's), ``--rows`` rows, fp32, everything from hidden states to gradients.
+Trainers: one micro-batch of 4 x 256 tokens through a Llama of two layers of width 128 with such a vocabulary. Memory is the
+rise of resident memory over what was there before the call (VmHWM, as in bench.memory), gradients included; time is the
+median of ``--repeats`` calls after one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bench import machine
+from bench.memory import _field
+
+RESULT = Path(__file__).resolve().parent / "results" / "integrations.json"
+HIDDEN, VOCAB, WIDTH = 576, 49_152, 128
+MIB = 2**20
+
+Call = Callable[[], None]
+
+
+def _heads(rows: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {
+        "student_input": normal(rows, HIDDEN).requires_grad_(),
+        "student_weight": (normal(VOCAB, HIDDEN) * 3 / HIDDEN**0.5).requires_grad_(),
+        "teacher_input": normal(rows, HIDDEN), "teacher_weight": normal(VOCAB, HIDDEN) * 3 / HIDDEN**0.5,
+        "labels": torch.randint(VOCAB, (rows,), generator=generator),
+    }
+
+
+def _backward(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Call:
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss().backward()
+
+    return call
+
+
+def _loss(theirs: Callable[..., torch.Tensor], ours: Callable[..., torch.Tensor]) -> dict[str, Callable[[int], Call]]:
+    """Both as ``call(rows)`` from functions of the two heads and labels."""
+
+    def prepared(function):
+        def make(rows: int) -> Call:
+            heads = _heads(rows)
+            leaves = [heads["student_input"], heads["student_weight"]]
+            return _backward(lambda: function(*heads.values()), leaves)
+
+        return make
+
+    return {"theirs": prepared(theirs), "ours": prepared(ours)}
+
+
+def _kl_div() -> dict:
+    from kd_kernels import LinearLogits
+    from kd_trainer.integrations.torch import kl_div
+
+    options = dict(reduction="batchmean", log_target=True)
+    return _loss(
+        lambda x, w, tx, tw, y: F.kl_div(F.log_softmax(x @ w.T, -1), F.log_softmax(tx @ tw.T, -1), **options),
+        lambda x, w, tx, tw, y: kl_div(LinearLogits(x, w), LinearLogits(tx, tw), **options),
+    )
+
+
+def _linear_cross_entropy() -> dict:
+    from kd_trainer.integrations.torch import linear_cross_entropy
+
+    return _loss(
+        lambda x, w, tx, tw, y: F.linear_cross_entropy(x, w, y), lambda x, w, tx, tw, y: linear_cross_entropy(x, w, y)
+    )
+
+
+def _liger() -> dict:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    from kd_trainer.integrations import liger
+
+    theirs = LigerFusedLinearJSDLoss(compiled=False)  # compiled, its first call takes minutes here
+    return _loss(theirs, liger.LigerFusedLinearJSDLoss())
+
+
+def _torchtune() -> dict:
+    from torchtune.modules.loss import ForwardKLWithChunkedOutputLoss
+
+    from kd_kernels import LinearLogits
+    from kd_trainer.integrations import torchtune
+
+    def theirs(x, w, tx, tw, y):
+        student, teacher = ([c @ head.T for c in h[None].chunk(8, 1)] for h, head in ((x, w), (tx, tw)))
+        return ForwardKLWithChunkedOutputLoss()(student, teacher, y[None])
+
+    def ours(x, w, tx, tw, y):
+        student, teacher = ([LinearLogits(c, head) for c in h[None].chunk(8, 1)] for h, head in ((x, w), (tx, tw)))
+        return torchtune.ForwardKLWithChunkedOutputLoss()(student, teacher, y[None])
+
+    return _loss(theirs, ours)
+
+
+def _llama(seed: int):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        )
+    )
+
+
+def _batch(rows: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, VOCAB, (4, rows // 4), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _arguments(kind, **changes):
+    return kind(tempfile.mkdtemp(), use_cpu=True, report_to=[], disable_tqdm=True, bf16=False, **changes)
+
+
+def _step(trainer, inputs: dict[str, torch.Tensor]) -> Call:
+    """One micro-batch, as the trainer runs it; its loss is divided by the tokens of this batch."""
+    count = torch.tensor(inputs["input_ids"].numel() if "input_ids" in inputs else inputs["completion_ids"].numel())
+
+    def call() -> None:
+        trainer.model.zero_grad()
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=count).backward()
+
+    return call
+
+
+def _hf() -> dict:
+    from transformers import Trainer, TrainingArguments
+
+    from kd_trainer.integrations.hf import KDTrainer
+
+    class Theirs(Trainer):
+        """What people write for lack of better."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")[:, 1:]
+            student = model(**inputs).logits[:, :-1].log_softmax(-1)
+            with torch.no_grad():
+                teacher = self.teacher(**inputs).logits[:, :-1].log_softmax(-1)
+            rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+            return (rows * (labels != -100)).sum() / num_items_in_batch
+
+    def theirs(rows: int) -> Call:
+        trainer = Theirs(_llama(0), _arguments(TrainingArguments))
+        trainer.teacher = _llama(1).eval()
+        return _step(trainer, _batch(rows))
+
+    ours = lambda rows: _step(  # noqa: E731
+        KDTrainer(_llama(0), _arguments(TrainingArguments), teacher=_llama(1)), _batch(rows)
+    )
+    return {"theirs": theirs, "ours": ours}
+
+
+def _trl(kind: str) -> dict:
+    import trl
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+    from kd_trainer.integrations import trl as ours
+    from kd_trainer.tiny import byte_tokenizer
+
+    theirs, config = {
+        "DistillationTrainer": (trl.DistillationTrainer, trl.DistillationConfig), "GKDTrainer": (GKDTrainer, GKDConfig),
+        "GOLDTrainer": (GOLDTrainer, GOLDConfig),
+    }[kind]
+
+    def make(cls):
+        def call(rows: int) -> Call:
+            options = {"beta": 0.5, "temperature": 1.0, "gradient_checkpointing": False}
+            trainer = cls(
+                model=_llama(0), teacher_model=_llama(1), args=_arguments(config, **options),
+                processing_class=byte_tokenizer(), train_dataset=Dataset.from_list([{"prompt": "a", "messages": []}] * 4),
+            )
+            batch = _batch(rows)
+            if kind == "DistillationTrainer":
+                ids, mask = batch["input_ids"], batch["attention_mask"]
+                batch = {
+                    "prompt_ids": ids[:, :8], "prompt_mask": mask[:, :8], "completion_ids": ids[:, 8:],
+                    "completion_mask": mask[:, 8:],
+                }
+            return _step(trainer, batch)
+
+        return call
+
+    return {"theirs": make(theirs), "ours": make(getattr(ours, kind))}
+
+
+CASES: dict[str, Callable[[], dict[str, Callable[[int], Call]]]] = {
+    "F.kl_div": _kl_div,
+    "F.linear_cross_entropy": _linear_cross_entropy,
+    "Liger LigerFusedLinearJSDLoss": _liger,
+    "torchtune ForwardKLWithChunkedOutputLoss": _torchtune,
+    "transformers Trainer": _hf,
+    "TRL DistillationTrainer": lambda: _trl("DistillationTrainer"),
+    "TRL GKDTrainer": lambda: _trl("GKDTrainer"),
+    "TRL GOLDTrainer": lambda: _trl("GOLDTrainer"),
+}
+"""What is compared, in the order of the table."""
+
+
+def _measure(case: str, whose: str, rows: int, repeats: int) -> dict[str, float]:
+    """In this process."""
+    make = CASES[case]()[whose]
+    make(64)()
+    call = make(rows)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _field("/proc/self/status", "VmRSS")
+    call()
+    peak = _field("/proc/self/status", "VmHWM") - before
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return {"peak_bytes": peak, "p50_ms": 1e3 * statistics.median(seconds), "min_ms": 1e3 * min(seconds)}
+
+
+def _in_a_process(case: str, whose: str, rows: int, repeats: int) -> dict[str, object]:
+    command = [sys.executable, "-m", "bench.integrations", "--one", case, whose, "--rows", str(rows), "--repeats", str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"skipped": (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(content: dict) -> str:
+    """Markdown."""
+    lines = ["| | peak memory, theirs | ours | time, theirs | ours |", "|---|---|---|---|---|"]
+    for case, result in content["cases"].items():
+        cells = []
+        for key, unit, scale in (("peak_bytes", "MiB", MIB), ("p50_ms", "ms", 1)):
+            for whose in ("theirs", "ours"):
+                measured = result[whose].get(key)
+                cells.append("not run here" if measured is None else f"{measured / scale:,.0f} {unit}")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "WHOSE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(_measure(*arguments.one, arguments.rows, arguments.repeats)))
+        return
+    if not arguments.render:
+        packages = ("torch", "transformers", "trl", "liger-kernel", "torchtune")
+        content = {
+            "machine": machine.describe(), "rows": arguments.rows, "repeats": arguments.repeats,
+            "versions": {package: machine.version(package) for package in packages}, "cases": {},
+        }
+        for case in CASES:
+            sides = {whose: _in_a_process(case, whose, arguments.rows, arguments.repeats) for whose in ("theirs", "ours")}
+            content["cases"][case] = sides
+            print(case, sides, file=sys.stderr)
+        RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(json.loads(RESULT.read_text())))
+
+
+if __name__ == "__main__":
+    main()

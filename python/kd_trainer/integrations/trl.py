@@ -1,0 +1,257 @@
+"""TRL's distillation trainers with our loss behind their own arguments.
+
+``from trl import DistillationTrainer`` becomes ``from kd_trainer.integrations.trl import DistillationTrainer``, likewise
+``GKDTrainer`` and ``GOLDTrainer``; what is left out keeps its meaning. Or, for a script that is not to be touched,
+``with kd_losses(): main()``: TRL's own classes are patched inside and put back afterwards.
+
+==================  ================================================================================================
+TRL's argument      what it does here
+==================  ================================================================================================
+``beta``            the same generalised JSD; 0 and 1 are the forward and the reverse KL, exactly
+``temperature``     DistillationTrainer and GOLDTrainer: of sampling and of the loss. GKDTrainer: of sampling alone
+``lmbda, seq_kd``   unchanged; a cache needs ``lmbda=0`` and ``seq_kd=False``, as new tokens are in no cache
+``use_uld_loss``    refused: two tokenizers have no common vocabulary to compare
+==================  ================================================================================================
+
+Further arguments: ``kd=KDOptions(...)`` (any divergence, cross-entropy, top-k, ``valid_vocab``), ``cache=folder`` in place of
+``teacher_model`` (GKDTrainer and GOLDTrainer). Deliberately different from TRL 1.16: over several processes GKDTrainer and
+GOLDTrainer divide by the global token count but forget that DDP averages, so their gradient is too small by the number of
+processes; here it is not. A GOLDTrainer's teacher with a larger vocabulary is cut by TRL without a word; here that needs
+``valid_vocab``. The number of tokens that GKDTrainer divides by is TRL's: of the data set's completions, also in steps
+whose completions the student wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from trl import DistillationTrainer as TRLDistillationTrainer
+from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
+from trl.experimental.gold import GOLDTrainer as TRLGOLDTrainer
+from trl.trainer import distillation_trainer
+
+from kd_kernels import LinearLogits, kd_loss, topk_targets
+from kd_trainer.errors import fail
+from kd_trainer.integrations.attach import attach, check_vocabularies, inspected
+from kd_trainer.integrations.hf import check_arguments, compare_tokenizers, targets_of
+from kd_trainer.integrations.options import KDOptions
+from kd_trainer.integrations.rows import jsd_with_end_points
+from kd_trainer.integrations.targets import gathered
+from kd_trainer.integrations.versions import check_version
+from kd_trainer.models import tokenizer_fingerprint
+
+TESTED = ("1.16",)
+"""TRL's ``major.minor`` that this was tested with."""
+
+check_version("kd_trainer.integrations.trl", "trl", TESTED)
+check_version("kd_trainer.integrations.trl", "transformers", ("5.23",))
+
+__all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer", "KDLossMixin", "KDOptions", "kd_losses"]
+
+
+class KDLossMixin:
+    """For a subclass of one of TRL's three trainers: ``class Mine(KDLossMixin, MyGKDTrainer)``.
+
+    Args:
+        kd: the objective. A divergence or temperature that it leaves out is TRL's ``beta`` and ``temperature``.
+        cache: a folder of cached targets in place of ``teacher_model``.
+    """
+
+    def __init__(self, *args: object, kd: KDOptions = KDOptions(), cache: str | None = None, **kwargs: object) -> None:
+        _initialise(super().__init__, self, kd, cache, args, kwargs)
+
+
+class DistillationTrainer(KDLossMixin, TRLDistillationTrainer):
+    """``trl.DistillationTrainer`` by our loss."""
+
+
+class GKDTrainer(KDLossMixin, TRLGKDTrainer):
+    """``trl.experimental.gkd.GKDTrainer`` by our loss."""
+
+
+class GOLDTrainer(KDLossMixin, TRLGOLDTrainer):
+    """``trl.experimental.gold.GOLDTrainer`` by our loss, for student and teacher of one tokenizer."""
+
+
+@contextlib.contextmanager
+def kd_losses(kd: KDOptions = KDOptions(), cache: str | None = None) -> Iterator[None]:
+    """Trainers of TRL's own three classes that are made inside have our loss, for as long as they live."""
+    classes = (TRLDistillationTrainer, TRLGKDTrainer, TRLGOLDTrainer)
+    originals = {cls: cls.__init__ for cls in classes}
+
+    def patched(original):
+        @functools.wraps(original)
+        def init(self: object, *args: object, **kwargs: object) -> None:
+            if type(self) not in classes:  # ours, or a subclass, which says for itself what it wants
+                return original(self, *args, **kwargs)
+            _initialise(functools.partial(original, self), self, kd, cache, args, kwargs)
+
+        return init
+
+    try:
+        for cls, original in originals.items():
+            cls.__init__ = patched(original)
+        yield
+    finally:
+        for cls, original in originals.items():
+            cls.__init__ = original
+
+
+NAMES = ("model", "teacher_model", "args")
+"""The first parameters of all three constructors, which may come by position."""
+
+
+def _initialise(init, trainer, kd: KDOptions, cache: str | None, args: tuple, kwargs: dict) -> None:
+    """Check, let TRL build the trainer, then put our loss in the place of its own."""
+    given = dict(zip(NAMES, args)) | kwargs
+    rest = args[len(NAMES) :]
+    config, tokenizer = given["args"], given.get("processing_class")
+    where = type(trainer).__name__
+    is_distillation = isinstance(trainer, TRLDistillationTrainer)
+    check_arguments(where, config)
+    if getattr(config, "use_uld_loss", False):
+        fail(where, "use_uld_loss", "False", True, "a divergence needs student and teacher to share a tokenizer")
+    loss_temperature = 1.0 if isinstance(trainer, TRLGKDTrainer) else config.temperature
+    options = kd.filled(jsd_with_end_points(where, "beta", config.beta), loss_temperature)
+    teacher = given.get("teacher_model")
+    fingerprint = None
+    if cache is not None:
+        if is_distillation:
+            fail(where, "cache", "None", cache, "it writes its completions anew; use GKDTrainer(lmbda=0) or hf.KDTrainer")
+        if teacher is not None:
+            fail(where, "teacher_model", "None with a cache", type(teacher).__name__)
+        for name, required in (("lmbda", 0.0), ("seq_kd", False)):
+            if getattr(config, name) != required:
+                fail(where, name, f"{required} with a cache, which holds the data set's tokens", getattr(config, name))
+        if tokenizer is None:
+            fail(where, "processing_class", "given with a cache, whose tokenizer it must be", None)
+        fingerprint = tokenizer_fingerprint(tokenizer)
+    else:
+        if isinstance(teacher, str):
+            if tokenizer is not None:
+                compare_tokenizers(tokenizer, teacher, must_exist=True)
+        elif teacher is None:
+            fail(where, "teacher_model", "given, or cache", None)
+        elif tokenizer is not None and getattr(teacher, "name_or_path", ""):
+            compare_tokenizers(tokenizer, teacher.name_or_path, must_exist=False)
+
+    student = given.get("model")
+    if cache is not None:
+        if isinstance(student, str):
+            student = given["model"] = AutoModelForCausalLM.from_pretrained(student, **(config.model_init_kwargs or {}))
+        given["teacher_model"] = _NoModel(student.config)
+    with _one_vocabulary(student, given["teacher_model"], options, where):
+        init(*[given.pop(name, None) for name in NAMES] if rest else [], *rest, **given)
+
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    inspected_student = inspected(unwrapped, options.valid_vocab)
+    trainer.kd_options = options
+    if is_distillation:
+        live = inspected(trainer.accelerator.unwrap_model(trainer.teacher_model), options.valid_vocab)
+        check_vocabularies(inspected_student.vocab, live.vocab, options.valid_vocab)
+        trainer._compute_loss = types.MethodType(_distillation_loss, trainer)
+        return
+    live_teacher = None if cache is not None else trainer.accelerator.unwrap_model(trainer.teacher_model)
+    targets = targets_of(inspected_student, unwrapped, live_teacher, cache, options, None, fingerprint)
+    trainer.kd_detach = attach(inspected_student, targets, options)
+    if targets.needs_dataset_check:
+        targets.check(trainer.get_train_dataloader())
+    trainer.compute_loss = types.MethodType(_padded_loss, trainer)
+
+
+class _NoModel(nn.Module):
+    """Where TRL wants a teacher and a cache has taken its place."""
+
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.config = config
+
+    def resize_token_embeddings(self, size: int) -> None:
+        """GOLDTrainer calls it; there is nothing to resize."""
+
+
+@contextlib.contextmanager
+def _one_vocabulary(student: object, teacher: object, options: KDOptions, where: str) -> Iterator[None]:
+    """TRL refuses (or cuts) a teacher of another vocabulary size: with ``valid_vocab`` it is shown the student's for a moment."""
+    if isinstance(student, str) or isinstance(teacher, str):
+        yield
+        return
+    own, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    if own.vocab_size == theirs.vocab_size:
+        yield
+        return
+    if options.valid_vocab is None:
+        check_vocabularies(own.vocab_size, theirs.vocab_size, None)
+    size, resize = theirs.vocab_size, teacher.resize_token_embeddings
+    theirs.vocab_size, teacher.resize_token_embeddings = own.vocab_size, lambda size: None
+    try:
+        yield
+    finally:
+        theirs.vocab_size = size
+        del teacher.resize_token_embeddings
+
+
+def _padded_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+    """``compute_loss`` of GKDTrainer and GOLDTrainer: the model returns the loss, see :mod:`kd_trainer.integrations.attach`."""
+    extra = self._get_model_forward_kwargs(inputs) if isinstance(self, TRLGOLDTrainer) else {}
+    outputs = model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["labels"],
+        num_items_in_batch=num_items_in_batch, **extra,
+    )
+    loss = outputs.loss
+    if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is that of all processes
+    return (loss, outputs) if return_outputs else loss
+
+
+def _distillation_loss(self, unwrapped_student, inputs, num_items_in_batch):
+    """``_compute_loss`` of DistillationTrainer: all of it TRL's but the divergence of hidden states."""
+    divergence = functools.partial(_chunked_divergence, self.kd_options, inputs["completion_ids"])
+    original = distillation_trainer._chunked_divergence_loss
+    distillation_trainer._chunked_divergence_loss = divergence
+    try:
+        return type(self)._compute_loss(self, unwrapped_student, inputs, num_items_in_batch)
+    finally:
+        distillation_trainer._chunked_divergence_loss = original
+
+
+def _chunked_divergence(
+    options: KDOptions, labels: Tensor, student_hidden_states: Tensor, teacher_hidden_states: Tensor,
+    student_lm_head_weight: Tensor, teacher_lm_head_weight: Tensor, completion_mask: Tensor, beta: float,
+    num_items_in_batch: Tensor | float | None = None, student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None, student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None, teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In the place of TRL's function of that name: loss, sum of the student's entropy, number of rows that count."""
+    rows = completion_mask.flatten().nonzero()[:, 0]
+
+    def noun(hidden, weight, bias, scale, softcap):
+        bias = None if bias is None else gathered(bias)
+        return LinearLogits(hidden.flatten(0, 1)[rows], gathered(weight), bias, scale, softcap, options.valid_vocab)
+
+    student = noun(
+        student_hidden_states, student_lm_head_weight, student_lm_head_bias, student_logit_scale,
+        student_final_logit_softcapping,
+    )
+    teacher = noun(
+        teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias, teacher_logit_scale,
+        teacher_final_logit_softcapping,
+    )
+    if options.top_k is not None:
+        with torch.no_grad():
+            temperatures = tuple(dict.fromkeys((1.0, float(options.temperature))))
+            teacher = topk_targets(teacher, min(options.top_k, teacher.vocab), temperatures=temperatures)
+    result = kd_loss(
+        student, teacher, options.divergence, labels=labels.flatten()[rows], ce_weight=options.ce_weight,
+        kd_weight=options.kd_weight, temperature=options.temperature, squared_temperature=options.squared_temperature,
+        normalizer=num_items_in_batch, tail=options.tail, stats=("student_entropy",),
+        max_scratch_bytes=options.max_scratch_bytes,
+    )
+    return result.loss, result.stats["student_entropy"].sum(), completion_mask.sum()
