@@ -22,6 +22,7 @@ from kd_kernels.cache.manifest import CacheManifest, create_manifest
 from kd_kernels.cache.reader import CacheReader
 from kd_kernels.cache.rows import CachedRows, canonical_rows
 from kd_kernels.cache.shard import TEMPORARY, Shard, ShardBuilder
+from kd_kernels.cache.sources import is_url
 from kd_kernels.cache.storage import system_errors
 from kd_kernels.logits import SparseTargets
 
@@ -64,6 +65,8 @@ class CacheWriter:
         where = "CacheWriter"
         if not isinstance(manifest, CacheManifest):
             _check.fail_type(where, "manifest", "a CacheManifest", type(manifest).__name__)
+        if is_url(folder):
+            _check.fail(where, "folder", "a local path", repr(folder), "write to a disk and copy the folder there")
         check_writer_name(where, writer)
         if rows_per_shard < 1:
             _check.fail(where, "rows_per_shard", "at least 1", rows_per_shard)
