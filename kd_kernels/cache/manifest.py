@@ -16,7 +16,7 @@ from kd_kernels.cache.journal import encode_line, parse_lines
 from kd_kernels.cache.sources import LocalFolder, SourceFolder
 from kd_kernels.cache.storage import sync_folder, system_errors
 
-__all__ = ["VERSION", "CacheManifest", "create_manifest", "read_manifest"]
+__all__ = ["VERSION", "CacheManifest", "check_same", "create_manifest", "read_manifest"]
 
 VERSION = 1
 MAX_KEPT = (1 << 16) - 1
@@ -135,11 +135,16 @@ def create_manifest(folder: Path, manifest: CacheManifest, scratch: str) -> byte
             sync_folder(folder)
         temporary.unlink(missing_ok=True)
     there, digest = read_manifest(LocalFolder(folder))
-    for name in _IDENTITY:
-        expected, found = getattr(manifest, name), getattr(there, name)
-        if expected != found:
-            raise CacheError.mismatch(path, 0, f"manifest.{name}", expected, found, "a folder holds one cache")
+    check_same(path, manifest, there, "a folder holds one cache")
     return digest
+
+
+def check_same(path: Path | str, expected: CacheManifest, found: CacheManifest, remedy: str) -> None:
+    """Raises CacheError with the first field in which the identity of two caches differs."""
+    for name in _IDENTITY:
+        wanted, there = getattr(expected, name), getattr(found, name)
+        if wanted != there:
+            raise CacheError.mismatch(path, 0, f"manifest.{name}", wanted, there, remedy)
 
 
 def read_manifest(folder: SourceFolder, **expected: str | None) -> tuple[CacheManifest, bytes]:
