@@ -17,7 +17,7 @@ from kd_trainer.data import Document, load_documents
 from kd_trainer.evaluate import batches_by_length
 from kd_trainer.files import progress
 from kd_trainer.models import (
-    CausalLM, load_pretrained, load_tokenizer, model_fingerprint, tokenizer_fingerprint, vocab_of,
+    CausalLM, bos_policy, load_pretrained, load_tokenizer, model_fingerprint, tokenizer_fingerprint, vocab_of,
 )
 from kd_trainer.teachers import CachedTeacher
 
@@ -57,7 +57,7 @@ def build_cache(
     manifest = CacheManifest(
         teacher=fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), vocab=teacher.vocab,
         k=min(options.k, teacher.vocab), mass=options.mass, temperatures=options.temperatures,
-        step_nats=options.step_nats, head_dtype=options.dtype,
+        step_nats=options.step_nats, head_dtype=options.dtype, bos_policy=bos_policy(tokenizer),
         meta={
             "teacher": teacher_name, "data": data.source, "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -140,6 +140,8 @@ def describe(reader: CacheReader) -> str:
         "step": f"{manifest.step_nats:g} nats" if manifest.step_nats else "exact",
         "vocabulary": f"{manifest.vocab:,}",
         "head dtype": manifest.head_dtype,
+        "chat template": manifest.chat_template,
+        "BOS policy": manifest.bos_policy,
         "teacher": manifest.teacher,
         "tokenizer": manifest.tokenizer,
     } | {f"meta {key}": value for key, value in manifest.meta.items()}
