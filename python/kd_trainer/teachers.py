@@ -101,7 +101,7 @@ class CachedTeacher:
         self.reader = reader
 
     def check(self, documents: Sequence[Document]) -> None:
-        missing = sum(content_key(document.tokens, self.reader.manifest) not in self.reader for document in documents)
+        missing = sum(self.key(document) not in self.reader for document in documents)
         if missing:
             raise CacheError(
                 f"train: cache {self.reader.folder} must hold every document, got {missing} of {len(documents)} "
@@ -113,9 +113,12 @@ class CachedTeacher:
             for document in documents:
                 self.document_targets(document)
 
+    def key(self, document: Document) -> bytes:
+        return content_key(document.tokens, self.reader.manifest, document.layout)
+
     def document_targets(self, document: Document) -> SparseTargets:
         """The L - 1 rows of one document."""
-        return self.reader.targets(document.tokens, required=document.counted)
+        return self.reader.targets(document.tokens, layout=document.layout, required=document.counted)
 
     def targets(self, batch: Batch) -> SparseTargets:
         targets = SparseTargets.cat([self.document_targets(document) for document in batch.documents])

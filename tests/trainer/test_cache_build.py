@@ -9,7 +9,10 @@ import torch
 
 from kd_kernels import LinearLogits, topk_targets
 from kd_kernels.cache import CacheError, CacheReader
-from kd_trainer.cache_build import CacheOptions, build_cache, describe, label_logprobs
+from kd_trainer.caching.build import build_cache
+from kd_trainer.caching.describe import describe
+from kd_trainer.caching.options import CacheOptions
+from kd_trainer.caching.scoring import label_logprobs
 from kd_trainer.config import DataConfig
 from kd_trainer.data import load_documents
 from kd_trainer.models import load_pretrained, load_tokenizer, model_fingerprint, tokenizer_fingerprint
@@ -72,7 +75,7 @@ def test_a_build_goes_on_where_it_stopped(data, tiny, tmp_path, monkeypatch):
             raise Killed
         return topk_targets(*arguments, **options)
 
-    monkeypatch.setattr("kd_trainer.cache_build.topk_targets", dies)
+    monkeypatch.setattr("kd_trainer.caching.scoring.topk_targets", dies)
     with pytest.raises(Killed):
         build_cache(str(tiny), data, tmp_path / "c", EXACT)
     before = len(CacheReader(tmp_path / "c"))

@@ -1,0 +1,125 @@
+"""``kdk cache``: the command line of teacher caches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from kd_trainer.data_cli import add_data_arguments, data_config
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_parser(commands) -> None:
+    cache = commands.add_parser("cache", help="make, fill and examine a teacher's cache")
+    cache = cache.add_subparsers(required=True, metavar="COMMAND")
+    _add_build(cache.add_parser("build", help="score a text with a teacher, once; called again, it goes on"))
+    _add_verify(cache.add_parser("verify", help="check every byte; with --teacher, compare rows with the live teacher"))
+    info = cache.add_parser("info", help="what a cache is, from its manifest and indexes")
+    info.add_argument("folder")
+    info.set_defaults(run=_info)
+
+
+def _add_teacher(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--teacher", required=required, action="append",
+        help="a model's name or folder, or smollm2-135m-instruct; several times for an ensemble",
+    )
+    parser.add_argument(
+        "--ensemble", choices=("logit", "prob"), default="logit", help="average of several teachers (%(default)s)"
+    )
+    parser.add_argument("--weights", type=float, nargs="+", help="of the teachers in that average (equal)")
+    parser.add_argument("--head-dtype", choices=DTYPES, help="what the head multiplies (that of --dtype)")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="scored at a time (%(default)s)")
+
+
+def _add_build(build: argparse.ArgumentParser) -> None:
+    _add_teacher(build, required=True)
+    build.add_argument("--dtype", default="float32", choices=DTYPES, help="of the teacher's weights (%(default)s)")
+    build.add_argument("--out", required=True, help="folder of the cache")
+    build.add_argument("--k", type=int, default=64, help="tokens kept a row (%(default)s)")
+    build.add_argument("--mass", type=float, help="keep fewer where they hold this much probability")
+    build.add_argument("--temperatures", type=float, nargs="+", default=[1.0], help="that the cache can be read at (1)")
+    build.add_argument("--step-nats", type=float, default=1 / 16, help="of log-probabilities; 0: exact (%(default)s)")
+    build.add_argument("--min-entropy", type=float, help="leave out rows where the teacher's entropy is less, in nats")
+    build.add_argument("--fraction", type=float, help="of the rows of a document, keep those with most entropy")
+    build.add_argument("--select", help="a model whose entropy decides in place of the teacher's")
+    build.add_argument("--writer", default="w", help="begin of the names of its files: of each machine its own (%(default)s)")
+    build.add_argument("--share", help="i/n: score the i-th of n shares, without a launcher")
+    build.add_argument("--no-resume", dest="resume", action="store_false", help="refuse a folder that has rows")
+    add_data_arguments(build)
+    build.set_defaults(run=_build)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from kd_kernels.cache import CacheReader
+    from kd_trainer.caching.build import build_cache
+    from kd_trainer.caching.describe import describe
+    from kd_trainer.caching.options import CacheOptions
+    from kd_trainer.caching.team import Team
+
+    names = (
+        "k", "mass", "step_nats", "dtype", "head_dtype", "ensemble", "min_entropy", "fraction", "select", "batch_tokens",
+        "writer", "share", "resume",
+    )
+    options = CacheOptions(
+        temperatures=tuple(arguments.temperatures), weights=arguments.weights and tuple(arguments.weights),
+        **{name: getattr(arguments, name) for name in names},
+    )
+    build_cache(arguments.teacher, data_config(arguments), arguments.out, options)
+    if Team.of(options).rank == 0:
+        print(describe(CacheReader(arguments.out)))
+
+
+def _add_verify(verify: argparse.ArgumentParser) -> None:
+    verify.add_argument("folder")
+    _add_teacher(verify, required=False)
+    verify.add_argument("--documents", type=int, default=64, help="compared, chosen by hash; 0: all (%(default)s)")
+    verify.add_argument("--json", help="write the numbers to this file")
+    add_data_arguments(verify, required=False)
+    verify.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from kd_kernels.cache import CacheReader
+    from kd_trainer.errors import fail
+    from kd_trainer.files import progress
+
+    reader = CacheReader(arguments.folder)
+    if (arguments.teacher is None) != (arguments.data is None):
+        fail("verify_cache", "--teacher and --data", "given together", "one of them")
+    with progress(total=reader.bytes, desc="read", unit="B", unit_scale=True) as bar:
+        reader.verify(bar.update)
+    print(f"every block of {reader.bytes:,} bytes is whole")
+    if arguments.teacher is None:
+        return 0
+    verdict = _verdict(reader, arguments)
+    print(verdict.table())
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(verdict.as_dict(), indent=1))
+    return 0 if verdict.passed else 1
+
+
+def _verdict(reader, arguments: argparse.Namespace):
+    """The cache compared with the teacher and documents that the arguments name."""
+    import torch
+
+    from kd_trainer.caching.scoring import Scorer
+    from kd_trainer.caching.verify import verify
+    from kd_trainer.data import load_documents
+
+    meta = reader.manifest.meta
+    scorer = Scorer(
+        arguments.teacher, meta.get("dtype", "float32"), head_dtype=arguments.head_dtype, space=arguments.ensemble,
+        weights=arguments.weights,
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    documents = load_documents(data_config(arguments), scorer.tokenizer, scorer.vocab)
+    return verify(reader, scorer, documents[: arguments.documents or None], batch_tokens=arguments.batch_tokens)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from kd_kernels.cache import CacheReader
+    from kd_trainer.caching.describe import describe
+
+    print(describe(CacheReader(arguments.folder)))
