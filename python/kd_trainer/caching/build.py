@@ -133,7 +133,7 @@ def write_targets(
                 begin += length
                 bar.update(len(document))
             rows += len(kept)
-            if (now := time.monotonic()) > drawn + REDRAW_SECONDS and (written := size() - start):
+            if rows and (now := time.monotonic()) > drawn + REDRAW_SECONDS and (written := size() - start):
                 drawn = now
                 bar.set_postfix_str(f"{written / rows:.1f} B a row", refresh=False)
 
