@@ -16,6 +16,8 @@ def add_parser(commands) -> None:
     cache = cache.add_subparsers(required=True, metavar="COMMAND")
     _add_build(cache.add_parser("build", help="score a text with a teacher, once; called again, it goes on"))
     _add_verify(cache.add_parser("verify", help="check every byte; with --teacher, compare rows with the live teacher"))
+    _add_import(cache.add_parser("import", help="take what a serving API answered, as JSON lines"))
+    _add_export(cache.add_parser("export", help="write a cache as safetensors or Parquet"))
     info = cache.add_parser("info", help="what a cache is, from its manifest and indexes")
     info.add_argument("folder")
     info.set_defaults(run=_info)
@@ -116,6 +118,58 @@ def _verdict(reader, arguments: argparse.Namespace):
     ).to("cuda" if torch.cuda.is_available() else "cpu")
     documents = load_documents(data_config(arguments), scorer.tokenizer, scorer.vocab)
     return verify(reader, scorer, documents[: arguments.documents or None], batch_tokens=arguments.batch_tokens)
+
+
+def _add_import(taken: argparse.ArgumentParser) -> None:
+    taken.add_argument("files", nargs="+", help=".jsonl or .jsonl.gz: answers of OpenAI-style or vLLM servers, or rows")
+    taken.add_argument("--out", required=True, help="folder of the cache")
+    taken.add_argument("--tokenizer", required=True, help="of the model that was served: a name or folder")
+    taken.add_argument("--teacher", required=True, help="name and revision of that model, such as name@revision")
+    taken.add_argument("--k", type=int, required=True, help="log-probabilities that the server was asked for")
+    taken.add_argument("--step-nats", type=float, default=1 / 16, help="of log-probabilities; 0: exact (%(default)s)")
+    taken.add_argument("--head-dtype", default="unknown", help="of the server's logits (%(default)s)")
+    taken.add_argument("--writer", default="w0", help="begin of the names of its files (%(default)s)")
+    taken.add_argument("--skip-refused", action="store_true", help="count records that are refused instead of stopping")
+    taken.add_argument("--write-data", help="also write the tokens, for kdk train, to this .jsonl")
+    taken.set_defaults(run=_import)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from kd_trainer.caching.importing import ImportOptions, import_cache
+
+    names = ("k", "step_nats", "head_dtype", "writer", "skip_refused", "write_data")
+    options = ImportOptions(**{name: getattr(arguments, name) for name in names})
+    print(import_cache(arguments.files, arguments.tokenizer, arguments.teacher, arguments.out, options).table())
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("folder")
+    export.add_argument("--out", required=True, help="a new folder")
+    export.add_argument("--format", default="safetensors", choices=("safetensors", "parquet"), help="(%(default)s)")
+    export.add_argument("--rows-per-file", type=int, default=1 << 18, help="(%(default)s)")
+    export.add_argument("--tokenizer", help="with --data: put the tokens of these documents beside their rows")
+    add_data_arguments(export, required=False)
+    export.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from kd_kernels.cache import CacheReader, content_key
+    from kd_trainer.caching.exporting import export_cache
+    from kd_trainer.data import load_documents
+    from kd_trainer.errors import fail
+    from kd_trainer.models import load_tokenizer
+
+    if (arguments.tokenizer is None) != (arguments.data is None):
+        fail("export_cache", "--tokenizer and --data", "given together", "one of them")
+    tokens = None
+    if arguments.data is not None:
+        manifest = CacheReader(arguments.folder).manifest
+        documents = load_documents(data_config(arguments), load_tokenizer(arguments.tokenizer), manifest.vocab)
+        tokens = {content_key(document.tokens, manifest, document.layout): document.tokens for document in documents}
+    written = export_cache(
+        arguments.folder, arguments.out, arguments.format, rows_per_file=arguments.rows_per_file, tokens=tokens
+    )
+    print(f"{written:,} sequences in {arguments.out}")
 
 
 def _info(arguments: argparse.Namespace) -> None:
