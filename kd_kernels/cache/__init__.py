@@ -7,9 +7,15 @@ and whatever does not fit raises :class:`CacheError`. FORMAT.md beside this file
 
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.key import content_key
+from kd_kernels.cache.lock import writer_name
 from kd_kernels.cache.manifest import CacheManifest
+from kd_kernels.cache.merge import Merged, merge
 from kd_kernels.cache.reader import CacheReader
+from kd_kernels.cache.recovery import recover
 from kd_kernels.cache.rows import CachedRows
 from kd_kernels.cache.writer import CacheWriter
 
-__all__ = ["CacheError", "CacheManifest", "CacheReader", "CacheWriter", "CachedRows", "content_key"]
+__all__ = [
+    "CacheError", "CacheManifest", "CacheReader", "CacheWriter", "CachedRows", "Merged", "content_key", "merge", "recover",
+    "writer_name",
+]

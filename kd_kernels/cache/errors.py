@@ -12,7 +12,7 @@ class CacheError(RuntimeError):
     """A file of the cache is missing, damaged, foreign, or cannot be written. Rows are never returned instead.
 
     Attributes:
-        path: the file (or the folder) that it is about.
+        path: the file (or the folder) that it is about; a string where it is a URL.
         offset: the byte in that file, or None where the file as a whole is meant.
     """
 
@@ -20,7 +20,7 @@ class CacheError(RuntimeError):
     # message alone.
     def __init__(self, message: str, path: str | os.PathLike[str] | None = None, offset: int | None = None) -> None:
         super().__init__(message)
-        self.path = None if path is None else Path(path)
+        self.path = path if path is None or (isinstance(path, str) and "://" in path) else Path(path)
         self.offset = offset
 
     @classmethod

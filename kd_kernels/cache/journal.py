@@ -11,7 +11,7 @@ from typing import Any
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.storage import sync_folder, system_errors, write_at
 
-__all__ = ["append_line", "encode_line", "read_lines"]
+__all__ = ["append_line", "encode_line", "parse_lines", "read_lines"]
 
 _HEAD = b'{"crc32":"%08x","record":'
 _HEAD_BYTES = len(_HEAD % 0)
@@ -25,15 +25,20 @@ def encode_line(record: dict[str, Any]) -> bytes:
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes, dict[str, Any]]]:
+    """The lines of a local file: see :func:`parse_lines`. A missing file is a CacheError as well."""
+    with system_errors(path, "reading"):
+        data = path.read_bytes()
+    return parse_lines(path, data)
+
+
+def parse_lines(path: Path | str, data: bytes) -> list[tuple[int, bytes, dict[str, Any]]]:
     """Every whole line of a file, as (offset, bytes of the record, record).
 
     What follows the last newline is the torn tail of an append that was cut short, and is left out.
 
     Raises:
-        CacheError: there is no such file, or a whole line is not what was written.
+        CacheError: a whole line is not what was written.
     """
-    with system_errors(path, "reading"):
-        data = path.read_bytes()
     lines, offset = [], 0
     whole = data.rfind(b"\n") + 1
     for line in data[:whole].splitlines(keepends=True):
@@ -41,7 +46,13 @@ def read_lines(path: Path) -> list[tuple[int, bytes, dict[str, Any]]]:
         expected = _HEAD % zlib.crc32(body)
         if line != expected + body + _TAIL:
             raise CacheError.mismatch(path, offset, "line", repr(expected), repr(line[:_HEAD_BYTES]))
-        lines.append((offset, body, json.loads(body)))
+        try:
+            record = json.loads(body)
+        except ValueError as error:
+            raise CacheError.mismatch(path, offset, "line", "a JSON object", error) from error
+        if not isinstance(record, dict):
+            raise CacheError.mismatch(path, offset, "line", "a JSON object", type(record).__name__)
+        lines.append((offset, body, record))
         offset += len(line)
     return lines
 

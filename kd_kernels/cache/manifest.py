@@ -12,10 +12,11 @@ from typing import Any
 
 from kd_kernels import _check
 from kd_kernels.cache.errors import CacheError
-from kd_kernels.cache.journal import encode_line, read_lines
+from kd_kernels.cache.journal import encode_line, parse_lines
+from kd_kernels.cache.sources import LocalFolder, SourceFolder
 from kd_kernels.cache.storage import sync_folder, system_errors
 
-__all__ = ["VERSION", "CacheManifest", "create_manifest", "read_manifest"]
+__all__ = ["VERSION", "CacheManifest", "check_same", "create_manifest", "read_manifest"]
 
 VERSION = 1
 MAX_KEPT = (1 << 16) - 1
@@ -28,7 +29,8 @@ class CacheManifest:
     """The identity of a cache. Everything but ``meta`` must be equal for a folder to be opened again.
 
     Args:
-        teacher: fingerprint of the teacher's weights and configuration, as hex.
+        teacher: which teacher: a hash of its weights and configuration, as hex; of one that only a server has, its name
+            and revision, as ``"name@revision"``.
         tokenizer: fingerprint of the tokenizer, as hex.
         vocab: V, the number of real tokens; ids are in ``0..V-1``. At most 2^24.
         k: the most entries that a row may have; at most 65,535.
@@ -38,6 +40,10 @@ class CacheManifest:
             than ``step_nats / 2`` nats. 0: fp32, exact.
         head_dtype: dtype in which the teacher's head computed its logits.
         tie_rule: which of two equal logits comes first.
+        chat_template: fingerprint of the template that made texts out of messages; ``"none"`` where texts were read as
+            they are.
+        bos_policy: which special ids the tokenizer put around every text of its own accord, such as ``"1 text"``;
+            ``"none"``.
         tail: rows carry the log of the mass that they leave out.
         importance: entries carry importance weights (a sampled teacher).
         meta: names, versions, whatever people want to read later. Not compared.
@@ -55,13 +61,15 @@ class CacheManifest:
     step_nats: float = 1 / 16
     head_dtype: str = "float32"
     tie_rule: str = "lower id first"
+    chat_template: str = "none"
+    bos_policy: str = "none"
     tail: bool = True
     importance: bool = False
     meta: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         where = "CacheManifest"
-        for name in ("teacher", "tokenizer", "head_dtype", "tie_rule"):
+        for name in ("teacher", "tokenizer", "head_dtype", "tie_rule", "chat_template", "bos_policy"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 _check.fail_type(where, name, "a string", type(value).__name__)
@@ -126,21 +134,26 @@ def create_manifest(folder: Path, manifest: CacheManifest, scratch: str) -> byte
                 os.link(temporary, path)
             sync_folder(folder)
         temporary.unlink(missing_ok=True)
-    there, digest = read_manifest(folder)
-    for name in _IDENTITY:
-        expected, found = getattr(manifest, name), getattr(there, name)
-        if expected != found:
-            raise CacheError.mismatch(path, 0, f"manifest.{name}", expected, found, "a folder holds one cache")
+    there, digest = read_manifest(LocalFolder(folder))
+    check_same(path, manifest, there, "a folder holds one cache")
     return digest
 
 
-def read_manifest(folder: Path, **expected: str | None) -> tuple[CacheManifest, bytes]:
+def check_same(path: Path | str, expected: CacheManifest, found: CacheManifest, remedy: str) -> None:
+    """Raises CacheError with the first field in which the identity of two caches differs."""
+    for name in _IDENTITY:
+        wanted, there = getattr(expected, name), getattr(found, name)
+        if wanted != there:
+            raise CacheError.mismatch(path, 0, f"manifest.{name}", wanted, there, remedy)
+
+
+def read_manifest(folder: SourceFolder, **expected: str | None) -> tuple[CacheManifest, bytes]:
     """The manifest of a folder, and the 128-bit digest of its identity that every shard carries.
 
     ``expected`` names fields that must have a given value (None: any).
     """
-    path = folder / _NAME
-    lines = read_lines(path)
+    path = folder.path(_NAME)
+    lines = parse_lines(path, folder.read(_NAME))
     if len(lines) != 2:
         raise CacheError.mismatch(path, 0, "whole lines of the manifest", 2, len(lines))
     (_, body, identity), (_, _, meta) = lines
@@ -149,7 +162,10 @@ def read_manifest(folder: Path, **expected: str | None) -> tuple[CacheManifest, 
         raise CacheError.mismatch(path, 0, "format version", VERSION, version)
     if set(identity) != set(_IDENTITY):
         raise CacheError.mismatch(path, 0, "fields of the manifest", sorted(_IDENTITY), sorted(identity))
-    manifest = CacheManifest(**identity, meta=meta)
+    try:
+        manifest = CacheManifest(**identity, meta=meta)
+    except (TypeError, ValueError) as error:
+        raise CacheError.mismatch(path, 0, "fields of the manifest", "what a CacheManifest takes", error) from error
     for name, value in expected.items():
         if value is not None and value != getattr(manifest, name):
             raise CacheError.mismatch(path, 0, f"manifest.{name}", value, getattr(manifest, name))

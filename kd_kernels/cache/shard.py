@@ -17,6 +17,7 @@ from kd_kernels.cache.format import (
 )
 from kd_kernels.cache.manifest import CacheManifest
 from kd_kernels.cache.rows import CachedRows
+from kd_kernels.cache.sources import LocalFile, SourceFile
 from kd_kernels.cache.storage import sync_folder, system_errors, write_at
 
 __all__ = ["Shard", "ShardBuilder", "TEMPORARY"]
@@ -30,22 +31,23 @@ _MAKE_ROOM = "nothing that was written before is lost: make room and open the fo
 class Shard:
     """Read access to a shard, sealed or not. Opening checks the header; reading checks what is read.
 
-    Reads are ``pread``: threads and forked processes can share one object.
+    Threads and forked processes can share one object.
+
+    Args:
+        file: a local path, or a file of a folder that is read from (:mod:`kd_kernels.cache.sources`).
     """
 
-    def __init__(self, path: Path, header: ShardHeader) -> None:
-        self.path = path
+    def __init__(self, file: Path | SourceFile, header: ShardHeader) -> None:
+        self._file = LocalFile(file) if isinstance(file, Path) else file
+        self.path, self.size = self._file.path, self._file.size
         self._header, self._seed = header, header.crc
-        with system_errors(path, "opening the shard"):
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the object
-            self.size = os.fstat(self._file.fileno()).st_size
-        header.check(path, self._read(0, min(HEADER_BYTES, self.size)))
+        header.check(self.path, self._file.read(0, min(HEADER_BYTES, self.size)))
 
     def index(self) -> tuple[bytes, int, int]:
         """The packed entries of a sealed shard, their CRC-32, and their offset."""
-        trailer = self._read(max(self.size - TRAILER_BYTES, 0), min(TRAILER_BYTES, self.size))
-        offset = decode_trailer(self.path, self.size, trailer)
-        packed, crc = decode_index(self.path, self._seed, offset, self._read(offset, self.size - offset))
+        trailer = self._file.read(max(self.size - TRAILER_BYTES, 0), min(TRAILER_BYTES, self.size))
+        offset = decode_trailer(self.path, self.size, bytes(trailer))
+        packed, crc = decode_index(self.path, self._seed, offset, bytes(self._file.read(offset, self.size - offset)))
         return packed, crc, offset
 
     def check(
@@ -78,7 +80,7 @@ class Shard:
 
     def rows(self, entry: IndexEntry, manifest: CacheManifest) -> CachedRows:
         """The rows of one sequence. Raises CacheError unless they are there, all of them, and that sequence's."""
-        data = memoryview(self._read(entry.offset, entry.size))
+        data = memoryview(self._file.read(entry.offset, entry.size))
         parts: list[CachedRows] = []
         at = done = 0
         while at < entry.size:
@@ -107,9 +109,9 @@ class Shard:
         open_piece: Piece | None = None
         whole: list[IndexEntry] = []
         while offset < stop:
-            head = self._read(offset, min(BLOCK_HEAD_BYTES, stop - offset))
+            head = self._file.read(offset, min(BLOCK_HEAD_BYTES, stop - offset))
             size = min(block_size(self.path, offset, head), stop - offset)
-            block = decode_block(self.path, self._seed, offset, memoryview(self._read(offset, size)))
+            block = decode_block(self.path, self._seed, offset, memoryview(self._file.read(offset, size)))
             if manifest is not None:
                 self._decode(block, manifest)
             for piece in block.pieces:
@@ -143,17 +145,6 @@ class Shard:
         if found != expected:
             raise CacheError.mismatch(self.path, block.offset, "cached rows of a block", expected, found)
         return rows
-
-    def _read(self, offset: int, size: int) -> bytes:
-        parts, at = [], offset
-        with system_errors(self.path, "reading", offset):
-            while at < offset + size and (part := os.pread(self._file.fileno(), offset + size - at, at)):
-                parts.append(part)
-                at += len(part)
-        if at != offset + size:
-            what = "bytes to the end of the file"
-            raise CacheError.mismatch(self.path, offset, what, f"at least {size}", at - offset)
-        return b"".join(parts)
 
 
 class ShardBuilder:

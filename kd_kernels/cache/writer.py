@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import re
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Iterator, Sequence
+from typing import Iterator, Sequence
 
 from torch import Tensor
 
@@ -16,13 +14,14 @@ from kd_kernels import _check
 from kd_kernels.cache.codec import encode_rows
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.format import MAX_BLOCK_ROWS, Piece, ShardHeader, check_writer_name
-from kd_kernels.cache.journal import append_line, read_lines
 from kd_kernels.cache.key import content_key
+from kd_kernels.cache.lock import WriterLock
 from kd_kernels.cache.manifest import CacheManifest, create_manifest
 from kd_kernels.cache.reader import CacheReader
+from kd_kernels.cache.recovery import recover_writer, seal
 from kd_kernels.cache.rows import CachedRows, canonical_rows
-from kd_kernels.cache.shard import TEMPORARY, Shard, ShardBuilder
-from kd_kernels.cache.storage import system_errors
+from kd_kernels.cache.shard import TEMPORARY, ShardBuilder
+from kd_kernels.cache.sources import is_url
 from kd_kernels.logits import SparseTargets
 
 __all__ = ["CacheWriter"]
@@ -46,7 +45,8 @@ class CacheWriter:
     Args:
         folder: made if it is not there.
         manifest: compared with the folder's, if it has one.
-        writer: prefix of the files that this writer owns: 1 to 24 of A-Z a-z 0-9 _.
+        writer: prefix of the files that this writer owns: 1 to 24 of A-Z a-z 0-9 _. :func:`writer_name` makes one that no
+            other process of a job has.
         rows_per_shard: a shard is sealed when it has this many rows (2^20 rows of k = 64 take about 140 MB).
         rows_per_block: rows that are compressed together, 1..256. Short sequences share a block; a longer one has
             blocks of its own.
@@ -64,6 +64,8 @@ class CacheWriter:
         where = "CacheWriter"
         if not isinstance(manifest, CacheManifest):
             _check.fail_type(where, "manifest", "a CacheManifest", type(manifest).__name__)
+        if is_url(folder):
+            _check.fail(where, "folder", "a local path", repr(folder), "write to a disk and copy the folder there")
         check_writer_name(where, writer)
         if rows_per_shard < 1:
             _check.fail(where, "rows_per_shard", "at least 1", rows_per_shard)
@@ -75,10 +77,10 @@ class CacheWriter:
         self._waiting: list[tuple[bytes, CachedRows]] = []
         self._added: set[bytes] = set()
         self._builder: ShardBuilder | None = None
-        self._lock: BinaryIO | None = _lock(self.folder, writer)
+        self._lock: WriterLock | None = WriterLock(self.folder, writer)
         try:
             self._digest = create_manifest(self.folder, manifest, f"{writer}.manifest{TEMPORARY}")
-            self._next_number = self._recover()
+            self._next_number, _ = recover_writer(self.folder, writer, self._digest)
             self._sealed = CacheReader(self.folder)
         except BaseException:
             self._lock.close()
@@ -188,25 +190,7 @@ class CacheWriter:
         if self._builder is not None:
             builder, self._builder = self._builder, None
             with self._closed_on_error():
-                _seal(builder, self._journal)
-
-    def _recover(self) -> int:
-        """Seals and journals what an earlier process of this name left behind. Returns the next free shard number."""
-        lines = read_lines(self._journal) if self._journal.exists() else []
-        journalled = {record["number"] for _, _, record in lines}
-        next_number = max(journalled, default=-1) + 1
-        name = re.compile(rf"{self._writer}-(\d+)\.kdc({re.escape(TEMPORARY)})?")
-        with system_errors(self.folder, "listing the folder"):
-            paths = sorted(self.folder.iterdir())
-        for path in paths:
-            if found := name.fullmatch(path.name):
-                header = ShardHeader(self._writer, int(found[1]), self._digest)
-                next_number = max(next_number, header.number + 1)
-                if found[2]:
-                    _seal(ShardBuilder.recover(self.folder, header), self._journal)
-                elif header.number not in journalled:
-                    append_line(self._journal, Shard(path, header).record())
-        return next_number
+                seal(builder, self._journal)
 
     def _check_open(self) -> None:
         if self._lock is None:
@@ -224,34 +208,9 @@ class CacheWriter:
 
     def _abandon(self) -> None:
         self._waiting, self._builder = [], None
-        self._lock.close()
-        self._lock = None
+        lock, self._lock = self._lock, None
+        lock.close()
 
 
 def _piece(key: bytes, sequence_rows: int, first_row: int, rows: CachedRows) -> Piece:
     return Piece(key, sequence_rows, first_row, len(rows), int(rows.positions.sum()))
-
-
-def _seal(builder: ShardBuilder, journal: Path) -> None:
-    sealed = builder.seal()
-    if sealed is not None:
-        append_line(journal, sealed.record())
-
-
-def _lock(folder: Path, writer: str) -> BinaryIO:
-    """Makes the folder, and holds the writer's name in it until the file is closed or the process ends."""
-    path = folder / f"{writer}.lock"
-    with system_errors(folder, "making the folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with system_errors(path, "locking the name of the writer"):
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115  held open for as long as the writer lives
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = f"held by process {file.read().decode(errors='replace')}"
-            remedy = "one process at a time; give every writer a name of its own"
-            raise CacheError.mismatch(path, None, f"lock of writer {writer}", "free", holder, remedy) from None
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-    return file

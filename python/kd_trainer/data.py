@@ -40,6 +40,7 @@ class Document:
         tag: which of a method's objectives it is for.
         targets: the teacher's rows for these tokens, L - 1 of them, where they are kept beside the document.
         layout: lengths of the segments of a sequence that came packed, none of which sees another; None: one segment.
+        origin: "text", "chat" (its messages went through the tokenizer's template) or "tokens" (it came as ids).
     """
 
     tokens: Tensor
@@ -48,6 +49,7 @@ class Document:
     tag: str = "main"
     targets: SparseTargets | None = None
     layout: tuple[int, ...] | None = None
+    origin: str = "text"
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -192,11 +194,11 @@ def tokenize(texts: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config
             tails = _ids(tokenizer, [text.text if text.prompt else "" for text in plain], special=False)
             for record, head, tail in zip(part, heads, tails):
                 if isinstance(record, Chat):
-                    documents += _masked(*encode_chat(record, tokenizer), config)
+                    documents += _masked(*encode_chat(record, tokenizer), config, "chat")
                 elif isinstance(record, Tokens):
                     if len(record.ids) > config.max_length:
                         fail("tokenize", "data.max_length", f"at least the {len(record.ids)} ids of a record", config.max_length)
-                    documents += _masked(record.ids, record.counted, config, record.layout)
+                    documents += _masked(record.ids, record.counted, config, "tokens", record.layout)
                 elif record.prompt:
                     ids = torch.tensor((head + tail + eos)[: config.max_length])
                     if len(ids) > len(head):
@@ -209,14 +211,14 @@ def tokenize(texts: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config
 
 
 def _masked(
-    ids: Sequence[int], counted: Sequence[bool], config: DataConfig, layout: tuple[int, ...] | None = None
+    ids: Sequence[int], counted: Sequence[bool], config: DataConfig, origin: str, layout: tuple[int, ...] | None = None
 ) -> list[Document]:
     """One document in which some tokens count, or none where no token does."""
     tokens, targets = torch.tensor(ids[: config.max_length]), torch.tensor(counted[: config.max_length])[1:]
     if not bool(targets.any()):
         return []
     labels = None if bool(targets.all()) else tokens[1:].masked_fill(~targets, IGNORED)
-    return [Document(tokens, labels=labels, layout=layout)]
+    return [Document(tokens, labels=labels, layout=layout, origin=origin)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -262,7 +263,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """
     transient = {"_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in transient}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(model.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -270,14 +271,44 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _plain(value: object) -> object:
+    """What JSON has no form for. A set has another order in every process."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over vocabulary, merges and the rest of the pipeline, special tokens and chat template."""
+    """SHA-256 over vocabulary, merges and the rest of the pipeline, and special tokens: what makes ids of a text."""
     parts: dict[str, object] = {
         "vocab": sorted(tokenizer.get_vocab().items()),
         "special": sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
-        "chat_template": tokenizer.chat_template,
     }
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         pipeline = json.loads(backend.to_str())
         parts["pipeline"] = {key: value for key, value in pipeline.items() if key not in ("padding", "truncation")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the template (or templates) that a tokenizer makes a text of messages with; ``"none"`` without one."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else "none"
+
+
+def bos_policy(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special ids that a tokenizer puts around a text of its own accord, such as ``"1 text"``, or ``"none"``."""
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    outer = tokenizer("a", add_special_tokens=True)["input_ids"]
+    if inner == outer:
+        return "none"
+    at = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), None)
+    if at is None:
+        fail("bos_policy", "the tokenizer", "one that puts special tokens around a text", f"{outer} for 'a', which is {inner}")
+    return " ".join(map(str, [*outer[:at], "text", *outer[at + len(inner) :]]))
+
+
+def reading_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, str | None]:
+    """BOS policy and fingerprint of the chat template that documents were read with; None where they came as ids."""
+    origins = {document.origin for document in documents}
+    if "tokens" in origins:
+        return None, None
+    return bos_policy(tokenizer), chat_template_fingerprint(tokenizer) if "chat" in origins else "none"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +11,7 @@ from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets
 from kd_kernels.cache import CacheError, CacheReader, content_key
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import fail
-from kd_trainer.models import CausalLM
+from kd_trainer.models import CausalLM, reading_of
 
 if TYPE_CHECKING:
     from kd_trainer.config import Config
@@ -122,28 +121,19 @@ class CachedTeacher:
 
     def targets(self, batch: Batch) -> SparseTargets:
         targets = SparseTargets.cat([self.document_targets(document) for document in batch.documents])
-        return normalised(targets).to(batch.rows.device)
+        return targets.to(batch.rows.device)
 
 
-def normalised(targets: SparseTargets) -> SparseTargets:
-    """The same rows with the kept entries scaled to the mass that the tail leaves them.
-
-    A cache rounds log-probabilities, which moves the kept mass of a row by up to half a step (3 percent at 1/16
-    nats), and keeps the tail exact. A divergence is zero at q = p only for masses that sum to one.
-    """
-    row = targets.row_of_entry()
-    kept = torch.zeros(targets.offsets.shape[0] - 1, dtype=torch.float64)
-    kept.index_add_(0, row, targets.logprobs.double().exp())
-    left = -torch.expm1(targets.tail_logprob.double())
-    shift = torch.where((kept > 0) & (left > 0), left.log() - kept.log(), 0.0)
-    return dataclasses.replace(targets, logprobs=(targets.logprobs + shift[row]).to(targets.logprobs.dtype))
-
-
-def open_cache(folder: str, *, teacher: str | None, tokenizer: str, vocab: int, temperature: float) -> CacheReader:
+def open_cache(
+    folder: str, *, teacher: str | None, tokenizer: str, vocab: int, temperature: float, bos: str | None = None,
+    chat_template: str | None = None,
+) -> CacheReader:
     """A cache that is known to come from this teacher and tokenizer, and to know the temperature that is asked for.
 
     Args:
         teacher: the fingerprint that it must have; None: any.
+        bos, chat_template: what :func:`~kd_trainer.models.bos_policy` says of the tokenizer, and the fingerprint of the
+            template that the texts went through (``"none"``: through none); None: any.
 
     Raises:
         CacheError: it is not there, damaged, or of another teacher or tokenizer.
@@ -153,6 +143,8 @@ def open_cache(folder: str, *, teacher: str | None, tokenizer: str, vocab: int, 
     manifest = reader.manifest
     build = "build a cache of this one with kdk cache build"
     for what, expected, found, remedy in (
+        ("chat template", chat_template, manifest.chat_template, f"set tokenizer to the teacher's, or {build}"),
+        ("BOS policy", bos, manifest.bos_policy, f"set tokenizer to the teacher's, or {build}"),
         ("teacher", teacher, manifest.teacher, f"set teacher.model to that one, or {build}"),
         ("tokenizer", tokenizer, manifest.tokenizer, f"set tokenizer to the teacher's, or {build}"),
     ):
@@ -178,9 +170,10 @@ def teacher_of(config: Config, parts: Parts) -> Teacher:
         CacheError, ValueError: as :func:`open_cache`; a model with another vocabulary than the student's.
     """
     if config.cache is not None:
+        bos, chat_template = reading_of(parts.documents, parts.tokenizer)
         return CachedTeacher(open_cache(
             config.cache, teacher=parts.teacher_fingerprints[0], tokenizer=parts.tokenizer_fingerprint,
-            vocab=parts.student.vocab, temperature=config.objective.temperature,
+            vocab=parts.student.vocab, temperature=config.objective.temperature, bos=bos, chat_template=chat_template,
         ))
     return live_teachers(config, parts)[0]
 

@@ -204,7 +204,7 @@ def test_kill_9(tmp_path):
 
 def test_one_process_a_name(tmp_path, examples):
     with CacheWriter(tmp_path, CACHE) as writer:
-        message = f"w0.lock: lock of writer w0: expected free, found held by process {os.getpid()}; one process"
+        message = f"w0.lock: lock of writer w0: expected free, found held by process {os.getpid()} on .*; one process"
         with pytest.raises(CacheError, match=message):
             CacheWriter(tmp_path, CACHE)
         for item in examples:
@@ -233,14 +233,6 @@ def test_another_name_leaves_an_unsealed_shard_to_its_owner(tmp_path, examples):
         assert len(writer) == 0
     assert torn.exists()
     assert complete(torn.parent, examples) == 4
-
-
-def test_merging_is_copying(tmp_path, examples):
-    write(tmp_path / "a", CACHE, examples[:2], writer="host1")
-    write(tmp_path / "b", CACHE, examples[2:], writer="host2")
-    for path in (tmp_path / "b").glob("host2*"):
-        shutil.copy(path, tmp_path / "a")
-    assert_holds(tmp_path / "a", CACHE, examples)
 
 
 class Disk:

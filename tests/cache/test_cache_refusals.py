@@ -201,6 +201,7 @@ def test_rounding_of_half_precision_is_no_mass_above_1(tmp_path):
     ({"k": 65536, "vocab": 1 << 20}, ValueError, "CacheManifest: k must be in 1..65535, got 65536"),
     ({"k": 1001}, ValueError, "CacheManifest: k must be at most vocab=1000, got 1001"),
     ({"k": 8.0}, TypeError, "CacheManifest: k must be an int, got float"),
+    ({"bos_policy": ""}, ValueError, "CacheManifest: bos_policy must be a string that is not empty, got ''"),
     ({"mass": 1.5}, ValueError, "CacheManifest: mass must be at most 1, got 1.5"),
     ({"mass": 0.0}, ValueError, "CacheManifest: mass must be finite and greater than 0, got 0.0; pass None for no cut"),
     ({"temperatures": (1.0, 0)}, ValueError, "CacheManifest: temperatures must be finite and greater than 0, got 0"),
@@ -232,6 +233,13 @@ def test_writer_refuses_options(tmp_path, options, message):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/cache", "memory://cache", "simplecache::hf://datasets/a/b"])
+def test_writer_refuses_urls(url):
+    message = f"CacheWriter: folder must be a local path, got '{url}'; write to a disk and copy the folder there"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CacheWriter(url, manifest())
+
+
 def test_writer_refuses_what_is_no_manifest(tmp_path):
     with pytest.raises(TypeError, match="CacheWriter: manifest must be a CacheManifest, got dict"):
         CacheWriter(tmp_path, {"teacher": "x"})
@@ -240,7 +248,7 @@ def test_writer_refuses_what_is_no_manifest(tmp_path):
 @pytest.mark.parametrize("field, other", [
     ("teacher", "another"), ("tokenizer", "another"), ("vocab", 1001), ("k", 9), ("mass", 0.9),
     ("temperatures", (1.0, 2.0)), ("step_nats", 0.125), ("head_dtype", "bfloat16"), ("tie_rule", "any"),
-    ("tail", False), ("importance", True),
+    ("tail", False), ("importance", True), ("chat_template", "another"), ("bos_policy", "1 text"),
 ])
 def test_folder_of_another_manifest(tmp_path, field, other):
     cache, item = manifest(), example(4, 0, manifest())
@@ -259,15 +267,16 @@ def test_reader_of_another_teacher_tokenizer_or_text(tmp_path):
     with CacheWriter(tmp_path, cache) as writer:
         writer.add(item.tokens, item.targets)
     assert len(CacheReader(tmp_path, teacher=cache.teacher, tokenizer=cache.tokenizer)) == 1
-    with pytest.raises(CacheError, match="manifest.teacher: expected other, found 7ea0c4e5"):
-        CacheReader(tmp_path, teacher="other")
-    with pytest.raises(CacheError, match="manifest.tokenizer: expected other, found 70ce4125"):
-        CacheReader(tmp_path, tokenizer="other")
+    for field, found in (
+        ("teacher", "7ea0c4e5"), ("tokenizer", "70ce4125"), ("chat_template", "none"), ("bos_policy", "none"),
+    ):
+        with pytest.raises(CacheError, match=f"manifest.{field}: expected other, found {found}"):
+            CacheReader(tmp_path, **{field: "other"})
     reader = CacheReader(tmp_path)
     for tokens, layout in ((item.tokens.flip(0), None), (item.tokens[:3], None), (item.tokens, [2, 2])):
         key = content_key(tokens, cache, layout)
         assert key not in reader
-        wanted = f"key {key.hex()} .*{len(tokens)} tokens.*teacher 7ea0c4e5"
+        wanted = f"key {key.hex()} .*{len(tokens)} tokens.*teacher 7ea0c4e5.*bos_policy none"
         pattern = f"sequence: expected {wanted}.*found none such among 1"
         for method in (reader.lookup, reader.targets, reader.positions, reader.next_logprobs):
             with pytest.raises(CacheError, match=pattern) as caught:

@@ -87,7 +87,7 @@ def test_far_apart_logprobs_escape_the_byte(tmp_path):
     )
     with CacheWriter(tmp_path, cache) as writer:
         writer.add(torch.tensor([1, 2, 3]), targets)
-    found = CacheReader(tmp_path).targets(torch.tensor([1, 2, 3])).logprobs
+    found = CacheReader(tmp_path).lookup(torch.tensor([1, 2, 3])).targets.logprobs
     assert bool(((found - targets.logprobs).abs() <= 1 / 32).all())
     assert torch.equal(found[6:], gaps_around_escape)
 
@@ -115,7 +115,7 @@ def test_quantisation_is_below_the_noise_of_a_bf16_head(tmp_path, step):
     assert 1.5 < entropy < 3.5
     item = Example(torch.arange(601), cut(logprobs, cache), logprobs.gather(1, torch.arange(1, 601)[:, None])[:, 0])
     write(tmp_path, cache, [item])
-    found = CacheReader(tmp_path).targets(item.tokens)
+    found = CacheReader(tmp_path).lookup(item.tokens).targets
     exact, decoded = item.targets.logprobs.double().view(600, 64), found.logprobs.double().view(600, 64)
     assert (exact - decoded).abs().max() <= step / 2 + 1e-6
 

@@ -18,7 +18,6 @@ from kd_trainer.cli import main
 from kd_trainer.config import DataConfig
 from kd_trainer.data import load_documents
 from kd_trainer.models import load_pretrained, load_tokenizer
-from kd_trainer.teachers import normalised
 from kd_trainer.tiny import byte_tokenizer, save_tiny_model
 
 OPTIONS = CacheOptions(k=20, batch_tokens=200, temperatures=(1.0, 2.0))
@@ -100,7 +99,7 @@ def forge(cache, data, folder, change, **fields):
     found = {document: reader.lookup(document.tokens) for document in documents}
     with CacheWriter(folder, dataclasses.replace(reader.manifest, **fields)) as writer:
         for document, rows in found.items():
-            targets = change(normalised(rows.targets), document, found)
+            targets = change(rows.targets, document, found)
             writer.add(document.tokens, targets)
     return folder
 
@@ -108,7 +107,7 @@ def forge(cache, data, folder, change, **fields):
 def swapped(targets, document, found):
     """The rows of another document of the same length, where there is one."""
     twins = [rows for other, rows in found.items() if len(other) == len(document) and other is not document]
-    return normalised(twins[0].targets) if twins else targets
+    return twins[0].targets if twins else targets
 
 
 def shifted(targets, document, found):

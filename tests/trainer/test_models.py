@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kd_trainer.data import Document, collate
 from kd_trainer.models import (
-    CausalLM, cut_layers, dense_logits, load_pretrained, load_tokenizer, model_fingerprint, tokenizer_fingerprint,
-    vocab_of,
+    CausalLM, bos_policy, chat_template_fingerprint, cut_layers, dense_logits, load_pretrained, load_tokenizer,
+    model_fingerprint, tokenizer_fingerprint, vocab_of,
 )
 from kd_trainer.tiny import byte_tokenizer
 
@@ -149,10 +153,49 @@ def test_the_fingerprint_of_a_tokenizer_sees_what_it_does(tmp_path):
     tokenizer(["a", "bc"], padding=True, truncation=True, max_length=1)  # padding and truncation are no part of it
     assert tokenizer_fingerprint(tokenizer) == prints[0]
     tokenizer.chat_template = "{{ messages }}"
-    prints.append(tokenizer_fingerprint(tokenizer))
+    assert tokenizer_fingerprint(tokenizer) == prints[0], "a text that is no messages does not go through it"
     tokenizer.add_special_tokens({"bos_token": "<begin>"})
     prints.append(tokenizer_fingerprint(tokenizer))
-    assert len(set(prints)) == 3 and vocab_of(tokenizer) == 258
+    assert len(set(prints)) == 2 and vocab_of(tokenizer) == 258
+
+
+def test_the_fingerprint_of_a_chat_template(tmp_path):
+    tokenizer = byte_tokenizer()
+    assert chat_template_fingerprint(tokenizer) == "none"
+    prints = set()
+    for template in ("{{ messages }}", "{{ messages }} ", {"default": "{{ messages }}", "tools": "{{ tools }}"}):
+        tokenizer.chat_template = template
+        prints.add(chat_template_fingerprint(tokenizer))
+        tokenizer.save_pretrained(tmp_path)
+        assert chat_template_fingerprint(load_tokenizer(str(tmp_path))) in prints
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize("single, policy", [("$A", "none"), ("<begin> $A", "257 text"), ("<begin> $A <end>", "257 text 0")])
+def test_what_a_tokenizer_puts_around_a_text(single, policy):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    before = tokenizer_fingerprint(tokenizer)
+    special = [("<begin>", 257), ("<end>", 0)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    assert bos_policy(tokenizer) == policy
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_fingerprints_are_the_same_in_every_process(tiny, seed):
+    program = (
+        "import sys; from kd_trainer.models import *; name = sys.argv[1]; model = load_pretrained(name);"
+        "model.config.sets = {'a', 'b', 'c', 'd'};"
+        "print(model_fingerprint(model), tokenizer_fingerprint(load_tokenizer(name)))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(
+        [sys.executable, "-c", program, str(tiny)], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    model = load_pretrained(str(tiny))
+    model.config.sets = {"d", "c", "b", "a"}
+    assert printed == [model_fingerprint(model), tokenizer_fingerprint(load_tokenizer(str(tiny)))]
 
 
 def test_batches_have_the_gradient_of_the_models_own_loss():

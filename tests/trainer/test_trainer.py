@@ -15,6 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tokenizers import normalizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd_kernels import divergences
@@ -24,8 +26,8 @@ from kd_trainer.caching.options import CacheOptions
 from kd_trainer.config import DataConfig, OptimConfig, to_yaml
 from kd_trainer.data import load_documents
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method
-from kd_trainer.models import CausalLM, load_pretrained, load_tokenizer
-from kd_trainer.teachers import LiveTeacher
+from kd_trainer.models import CausalLM, load_pretrained, load_tokenizer, tokenizer_fingerprint
+from kd_trainer.teachers import LiveTeacher, open_cache
 from kd_trainer.tiny import save_tiny_model
 from kd_trainer.trainer import LossModule, accumulate, learning_rate, train
 
@@ -284,11 +286,29 @@ def test_a_cache_of_another_teacher_is_refused(make_config, tiny, cache, tmp_pat
 def test_a_cache_of_another_tokenizer_is_refused(make_config, tiny, cache, tmp_path):
     other = other_model(tmp_path)
     tokenizer = load_tokenizer(str(other))
-    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save_pretrained(other)
     with pytest.raises(CacheError, match="must be of tokenizer .*; set tokenizer to the teacher's, or build a"):
         train(make_config(method="kd", cache=str(cache), student={"model": str(other)}))
     train(make_config(method="kd", cache=str(cache), student={"model": str(other)}, tokenizer=str(tiny)))
+
+
+def test_a_cache_of_another_bos_policy_is_refused(make_config, tiny, cache, tmp_path):
+    other = other_model(tmp_path)
+    tokenizer = load_tokenizer(str(other))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    tokenizer.save_pretrained(other)
+    message = "must be of BOS policy 0 text, got none .*; set tokenizer to the teacher's, or build a"
+    with pytest.raises(CacheError, match=message):
+        train(make_config(method="kd", cache=str(cache), student={"model": str(other)}))
+
+
+def test_a_cache_of_another_chat_template_is_refused(tiny, cache):
+    expected = {"teacher": None, "tokenizer": tokenizer_fingerprint(load_tokenizer(str(tiny))), "vocab": 257}
+    message = "must be of chat template 7e3b, got none .*; set tokenizer to the teacher's, or build a"
+    with pytest.raises(CacheError, match=message):
+        open_cache(str(cache), temperature=1.0, chat_template="7e3b", **expected)
+    open_cache(str(cache), temperature=1.0, chat_template="none", **expected)
 
 
 def test_a_cache_of_another_text_is_refused(make_config, tiny, cache):

@@ -18,7 +18,7 @@ from kd_trainer.config import DataConfig
 from kd_trainer.data import Document, load_documents
 from kd_trainer.evaluate import batches_by_length
 from kd_trainer.files import progress
-from kd_trainer.models import tokenizer_fingerprint
+from kd_trainer.models import bos_policy, reading_of, tokenizer_fingerprint
 from kd_trainer.records import IGNORED
 from kd_trainer.teachers import CachedTeacher
 
@@ -54,8 +54,8 @@ def build_cache(
     scorer.check_layouts(documents)
     scorer.to(team.device)
     selector = Selector(options, scorer.tokenizer, team.device)
-    manifest = manifest_of(scorer, data, options)
-    team.recover(out, manifest, options.writer)
+    manifest = manifest_of(scorer, documents, data, options)
+    team.recover(out)
     with CacheWriter(out, manifest, writer=team.writer(options.writer)) as writer:
         team.wait()  # all have seen the same sealed shards before the first seals another
         write_targets(scorer, selector, own_documents(documents, writer, team), writer, options, team)
@@ -66,12 +66,14 @@ def build_cache(
     return summary(reader)
 
 
-def manifest_of(scorer: Scorer, data: DataConfig, options: CacheOptions) -> CacheManifest:
+def manifest_of(scorer: Scorer, documents: Sequence[Document], data: DataConfig, options: CacheOptions) -> CacheManifest:
     """What the folder is a cache of."""
+    bos, chat_template = reading_of(documents, scorer.tokenizer)
     return CacheManifest(
         teacher=scorer.fingerprint, tokenizer=tokenizer_fingerprint(scorer.tokenizer), vocab=scorer.vocab,
         k=min(options.k, scorer.vocab), mass=options.mass, temperatures=options.temperatures,
         step_nats=options.step_nats, head_dtype=scorer.head_dtype,
+        bos_policy=bos or bos_policy(scorer.tokenizer), chat_template=chat_template or "none",
         meta={
             "teacher": scorer.name, "data": data.source, "dtype": options.dtype, "positions": options.positions,
             "padding": f"{scorer.padding} columns of the head", "torch": torch.__version__,

@@ -18,6 +18,13 @@ def add_parser(commands) -> None:
     _add_verify(cache.add_parser("verify", help="check every byte; with --teacher, compare rows with the live teacher"))
     _add_import(cache.add_parser("import", help="take what a serving API answered, as JSON lines"))
     _add_export(cache.add_parser("export", help="write a cache as safetensors or Parquet"))
+    merge = cache.add_parser("merge", help="put the shards of several folders of one cache into one folder")
+    merge.add_argument("folders", nargs="+")
+    merge.add_argument("--out", required=True, help="a folder; its cache grows if it has one")
+    merge.set_defaults(run=_merge)
+    recover = cache.add_parser("recover", help="seal what writers left that were killed and will not come again")
+    recover.add_argument("folder")
+    recover.set_defaults(run=_recover)
     info = cache.add_parser("info", help="what a cache is, from its manifest and indexes")
     info.add_argument("folder")
     info.set_defaults(run=_info)
@@ -47,7 +54,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--min-entropy", type=float, help="leave out rows where the teacher's entropy is less, in nats")
     build.add_argument("--fraction", type=float, help="of the rows of a document, keep those with most entropy")
     build.add_argument("--select", help="a model whose entropy decides in place of the teacher's")
-    build.add_argument("--writer", default="w", help="begin of the names of its files: of each machine its own (%(default)s)")
+    build.add_argument("--writer", help="begin of the names of its files (of this machine's)")
     build.add_argument("--share", help="i/n: score the i-th of n shares, without a launcher")
     build.add_argument("--no-resume", dest="resume", action="store_false", help="refuse a folder that has rows")
     add_data_arguments(build)
@@ -128,7 +135,7 @@ def _add_import(taken: argparse.ArgumentParser) -> None:
     taken.add_argument("--k", type=int, required=True, help="log-probabilities that the server was asked for")
     taken.add_argument("--step-nats", type=float, default=1 / 16, help="of log-probabilities; 0: exact (%(default)s)")
     taken.add_argument("--head-dtype", default="unknown", help="of the server's logits (%(default)s)")
-    taken.add_argument("--writer", default="w0", help="begin of the names of its files (%(default)s)")
+    taken.add_argument("--writer", help="begin of the names of its files (of this machine's)")
     taken.add_argument("--skip-refused", action="store_true", help="count records that are refused instead of stopping")
     taken.add_argument("--write-data", help="also write the tokens, for kdk train, to this .jsonl")
     taken.set_defaults(run=_import)
@@ -170,6 +177,23 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.folder, arguments.out, arguments.format, rows_per_file=arguments.rows_per_file, tokens=tokens
     )
     print(f"{written:,} sequences in {arguments.out}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from kd_kernels.cache import CacheReader, merge
+    from kd_trainer.caching.describe import describe
+
+    merged = merge(arguments.folders, arguments.out)
+    for (folder, name), new in merged.renamed.items():
+        print(f"{name} of {folder} is {new} here")
+    print(f"{merged.added} shards added, {merged.shards} in all, {merged.copied_bytes:,} bytes copied")
+    print(describe(CacheReader(arguments.out)))
+
+
+def _recover(arguments: argparse.Namespace) -> None:
+    from kd_kernels.cache import recover
+
+    print("\n".join(recover(arguments.folder)) or "nothing was left unsealed")
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -26,6 +26,8 @@ def facts(reader: CacheReader) -> dict[str, str]:
         "step": f"{manifest.step_nats:g} nats" if manifest.step_nats else "exact",
         "vocabulary": f"{manifest.vocab:,}",
         "head dtype": manifest.head_dtype,
+        "chat template": manifest.chat_template,
+        "BOS policy": manifest.bos_policy,
         "teacher": manifest.teacher,
         "tokenizer": manifest.tokenizer,
     }

@@ -14,13 +14,13 @@ from typing import TextIO
 import torch
 
 from kd_kernels import SparseTargets
-from kd_kernels.cache import CacheManifest, CacheReader, CacheWriter
+from kd_kernels.cache import CacheManifest, CacheReader, CacheWriter, writer_name
 from kd_trainer.caching.describe import columns, summary
 from kd_trainer.caching.refused import Refused
 from kd_trainer.caching.served import Reader, Scored
 from kd_trainer.errors import fail
 from kd_trainer.files import new_file, progress
-from kd_trainer.models import load_tokenizer, tokenizer_fingerprint, vocab_of
+from kd_trainer.models import bos_policy, load_tokenizer, tokenizer_fingerprint, vocab_of
 from kd_trainer.records import IGNORED
 
 WHERE = "import_cache"
@@ -33,7 +33,7 @@ class ImportOptions:
     k: int
     step_nats: float = 1 / 16
     head_dtype: str = "unknown"
-    writer: str = "w0"
+    writer: str | None = None
     skip_refused: bool = False
     write_data: str | None = None
 
@@ -89,12 +89,12 @@ def import_cache(
     vocab = vocab_of(tokenizer)
     manifest = CacheManifest(
         teacher=teacher, tokenizer=tokenizer_fingerprint(tokenizer), vocab=vocab, k=options.k,
-        step_nats=options.step_nats, head_dtype=options.head_dtype,
+        step_nats=options.step_nats, head_dtype=options.head_dtype, bos_policy=bos_policy(tokenizer),
         meta={"teacher": teacher, "data": ", ".join(path.name for path in paths), "source": "imported"},
     )
     reader, found = Reader(tokenizer, vocab, options.k), ImportSummary()
     with ExitStack() as stack:
-        writer = stack.enter_context(CacheWriter(out, manifest, writer=options.writer))
+        writer = stack.enter_context(CacheWriter(out, manifest, writer=options.writer or writer_name()))
         data = stack.enter_context(new_file(Path(options.write_data).expanduser())) if options.write_data else None
         total = sum(path.stat().st_size for path in paths)
         bar = stack.enter_context(progress(total=total, desc="import", unit="B", unit_scale=True))

@@ -27,7 +27,7 @@ class CacheOptions:
     fraction: float | None = None
     select: str | None = None
     batch_tokens: int = 2048
-    writer: str = "w"
+    writer: str | None = None  # None: the machine's name
     share: str | None = None
     resume: bool = True
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from kd_kernels.cache import CacheError, CacheManifest, CacheWriter
+from kd_kernels.cache import recover, writer_name
 from kd_trainer.caching.options import WHERE, CacheOptions, parse_share
 from kd_trainer.errors import fail
 
@@ -38,8 +38,9 @@ class Team:
         if self.launched is not None:
             self.launched.wait_for_everyone()
 
-    def writer(self, prefix: str) -> str:
-        return f"{prefix}{self.rank}"
+    def writer(self, prefix: str | None) -> str:
+        """The name that this process writes under, which no other of the team has."""
+        return writer_name(self.rank) if prefix is None else f"{prefix}{self.rank}"
 
     def owns(self, key: bytes) -> bool:
         """Whether a sequence is this process's to score.
@@ -50,25 +51,15 @@ class Team:
         digest = hashlib.blake2b(key + self.size.to_bytes(4, "little"), digest_size=8).digest()
         return int.from_bytes(digest, "little") % self.size == self.rank
 
-    def recover(self, folder: Path, manifest: CacheManifest, prefix: str) -> None:
-        """Seal what writers that were killed have left unsealed, so that every process sees it. The first one does it.
+    def recover(self, folder: Path) -> None:
+        """Seal what writers that were killed have left unsealed, so that nobody scores it again. The first process does it.
 
-        A name that another process holds is left to it.
+        Not with shares: one that is just being started would find its name taken. It seals its own; ``kdk cache recover``
+        is for names that do not come again.
         """
-        if self.rank == 0:
-            running = {f"{prefix}{rank}" for rank in range(self.size)} if self.launched is None else set()
-            for name in sorted(unsealed_writers(folder) - running):
-                try:
-                    CacheWriter(folder, manifest, writer=name).close()
-                except CacheError as error:
-                    if error.path is None or error.path.suffix != ".lock":
-                        raise
+        if self.launched is not None and self.rank == 0 and any(folder.glob("manifest.jsonl")):
+            recover(folder)
         self.wait()
-
-
-def unsealed_writers(folder: Path) -> set[str]:
-    """Names of the writers that have a file under construction in a folder."""
-    return {path.name.rsplit("-", 1)[0] for path in folder.glob("*.kdc.tmp")}
 
 
 def check_fresh(folder: Path) -> None:

@@ -26,7 +26,6 @@ from kd_trainer.errors import fail
 from kd_trainer.evaluate import batches_by_length
 from kd_trainer.files import progress
 from kd_trainer.models import dense_logits
-from kd_trainer.teachers import normalised
 
 NOISE_FACTOR = 2.0
 """How many times the control's error is forgiven: it is one draw of the noise, and the cache another."""
@@ -240,7 +239,7 @@ def _compare(
     """Add one document to the distances. Returns KL(teacher || cache) of its cached rows (empty for sampled rows)."""
     kept = stored.positions.nonzero().squeeze(1)
     kls = [torch.zeros(0, dtype=torch.float64)]
-    targets, following = normalised(stored.targets.select(kept)), document.tokens[1:][kept]
+    targets, following = stored.targets.select(kept), document.tokens[1:][kept]
     chunk = max(1, CHUNK_BYTES // (4 * live.vocab))
     for index in torch.arange(len(kept)).split(chunk):
         rows = targets.select(index)
