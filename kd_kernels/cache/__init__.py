@@ -9,6 +9,7 @@ from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.key import content_key
 from kd_kernels.cache.lock import writer_name
 from kd_kernels.cache.manifest import CacheManifest
+from kd_kernels.cache.masses import with_mass_one
 from kd_kernels.cache.merge import Merged, merge
 from kd_kernels.cache.reader import CacheReader
 from kd_kernels.cache.recovery import recover
@@ -17,5 +18,5 @@ from kd_kernels.cache.writer import CacheWriter
 
 __all__ = [
     "CacheError", "CacheManifest", "CacheReader", "CacheWriter", "CachedRows", "Merged", "content_key", "merge", "recover",
-    "writer_name",
+    "with_mass_one", "writer_name",
 ]

@@ -20,11 +20,14 @@ def with_mass_one(targets: SparseTargets) -> SparseTargets:
     touched: it is stored more finely than the entries.
 
     Args:
-        targets: on the CPU, with a tail, without weights.
+        targets: on the CPU.
 
     Returns:
-        The same rows, with a mass of one to the rounding of fp32; rows without entries as they were. Sums are in fp64.
+        The same rows, with a mass of one to the rounding of fp32; rows without entries as they were, and all rows where the
+        tail is not known or entries have weights. Sums are in fp64.
     """
+    if targets.tail_logprob is None or targets.importance is not None:
+        return targets
     row = targets.row_of_entry()
     kept = torch.zeros(targets.offsets.shape[0] - 1, dtype=torch.float64)
     kept.index_add_(0, row, targets.logprobs.double().exp())

@@ -144,9 +144,7 @@ class CacheReader:
         Arguments and errors are those of :meth:`lookup`.
         """
         targets = self.lookup(tokens, layout=layout, required=required).targets
-        if self.manifest.step_nats and self.manifest.tail and not self.manifest.importance:
-            return with_mass_one(targets)
-        return targets
+        return with_mass_one(targets) if self.manifest.step_nats else targets
 
     def batch(
         self, sequences: Sequence[Tensor], *, layouts: Sequence[Sequence[int] | None] | None = None

@@ -49,6 +49,7 @@ class DataConfig:
     text_field: str = "text"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
+    messages_field: str = "messages"  # a chat, which the tokenizer's template writes out
     max_length: int = 512  # tokens of a document; longer texts are split
     append_eos: bool = False  # the tokenizer's end of sequence, after the last token of a text
     packing: bool = True  # several documents in one row of max_length tokens, with attention kept apart

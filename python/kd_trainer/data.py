@@ -23,8 +23,8 @@ from kd_trainer import assets
 from kd_trainer.config import DataConfig
 from kd_trainer.errors import fail
 from kd_trainer.files import progress
+from kd_trainer.records import IGNORED, Chat, Record, Text, Tokens, encode_chat, record_of
 
-IGNORED = -100
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.gz")
 
 
@@ -39,6 +39,8 @@ class Document:
             rewritten, with the labels of the text that it was made of). -100 where a row does not count.
         tag: which of a method's objectives it is for.
         targets: the teacher's rows for these tokens, L - 1 of them, where they are kept beside the document.
+        layout: lengths of the segments of a sequence that came packed, none of which sees another; None: one segment.
+        origin: "text", "chat" (its messages went through the tokenizer's template) or "tokens" (it came as ids).
     """
 
     tokens: Tensor
@@ -46,6 +48,8 @@ class Document:
     labels: Tensor | None = None
     tag: str = "main"
     targets: SparseTargets | None = None
+    layout: tuple[int, ...] | None = None
+    origin: str = "text"
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -62,20 +66,6 @@ class Document:
         digest = hashlib.blake2b(self.first_target.to_bytes(8, "little"), digest_size=8)
         digest.update(self.tokens.numpy().tobytes())
         return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text before tokenisation. ``prompt`` is read but not learned."""
-
-    text: str
-    prompt: str = ""
-
-    @property
-    def hash(self) -> int:
-        """64 bits of the content: an order and a sample that depend neither on file names nor on their order."""
-        digest = hashlib.blake2b(json.dumps([self.prompt, self.text]).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big")
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -109,8 +99,8 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab
     return documents
 
 
-def read_texts(config: DataConfig) -> list[Text]:
-    """The texts of a source, before any selection."""
+def read_texts(config: DataConfig) -> list[Record]:
+    """The records of a source, before any selection."""
     source = config.source
     if source == assets.WIKI_INTROS:
         return [Text(text) for text in assets.wiki_intros()]
@@ -119,7 +109,7 @@ def read_texts(config: DataConfig) -> list[Text]:
     looks_like_a_path = source.endswith(TEXT_SUFFIXES) or source.startswith((".", "/", "~"))
     if looks_like_a_path and not _is_saved_dataset(Path(source).expanduser()):
         raise FileNotFoundError(f"load_documents: data.source must be an existing file or folder, got {source!r}")
-    return [_text_of(record, config, source) for record in _datasets_records(source, config.split)]
+    return [record_of(record, config, source) for record in _datasets_records(source, config.split)]
 
 
 def _files(source: str) -> list[Path]:
@@ -139,7 +129,7 @@ def _files(source: str) -> list[Path]:
     return []
 
 
-def _read_file(file: Path, config: DataConfig) -> list[Text]:
+def _read_file(file: Path, config: DataConfig) -> list[Record]:
     if not file.name.endswith((".jsonl", ".jsonl.gz")):
         text = file.read_text(encoding="utf-8")
         return [Text(text)] if text.strip() else []
@@ -156,21 +146,8 @@ def _read_file(file: Path, config: DataConfig) -> list[Text]:
                 raise ValueError(f"load_documents: {where} must be a line of JSON, got {error}") from error
             if not isinstance(record, dict):
                 fail("load_documents", where, "a JSON object", type(record).__name__)
-            texts.append(_text_of(record, config, where))
+            texts.append(record_of(record, config, where))
     return texts
-
-
-def _text_of(record: dict, config: DataConfig, where: str) -> Text:
-    if isinstance(text := record.get(config.text_field), str):
-        return Text(text)
-    prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return Text(completion, prompt)
-    fail(
-        "load_documents", where,
-        f"a record with a string {config.text_field!r}, or {config.prompt_field!r} and {config.completion_field!r}",
-        "keys " + ", ".join(map(str, record)), "set data.text_field, data.prompt_field and data.completion_field",
-    )
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -196,12 +173,12 @@ def _datasets_records(source: str, split: str) -> Iterable[dict]:
 # ------------------------------------------------------------------------------------------------- tokenisation
 
 
-def tokenize(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Document]:
+def tokenize(texts: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Document]:
     """Documents of at most ``max_length`` tokens.
 
-    A text is split into consecutive documents. A prompt with its completion stays one document: it is cut at
-    ``max_length``, and left out when no completion token remains. Documents of one token predict nothing and are left
-    out.
+    A text is split into consecutive documents. A prompt with its completion stays one document, and so does a chat: it is cut
+    at ``max_length``, and left out when no token that counts remains. Token ids are taken as they are. Documents of one token
+    predict nothing and are left out.
     """
     eos = []
     if config.append_eos:
@@ -212,10 +189,17 @@ def tokenize(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, config: 
     with progress(total=len(texts), desc="tokenise", unit="text") as bar:
         for start in range(0, len(texts), 256):
             part = texts[start : start + 256]
-            heads = _ids(tokenizer, [text.prompt or text.text for text in part], special=True)
-            tails = _ids(tokenizer, [text.text if text.prompt else "" for text in part], special=False)
-            for text, head, tail in zip(part, heads, tails):
-                if text.prompt:
+            plain = [record if isinstance(record, Text) else Text("") for record in part]
+            heads = _ids(tokenizer, [text.prompt or text.text for text in plain], special=True)
+            tails = _ids(tokenizer, [text.text if text.prompt else "" for text in plain], special=False)
+            for record, head, tail in zip(part, heads, tails):
+                if isinstance(record, Chat):
+                    documents += _masked(*encode_chat(record, tokenizer), config, "chat")
+                elif isinstance(record, Tokens):
+                    if len(record.ids) > config.max_length:
+                        fail("tokenize", "data.max_length", f"at least the {len(record.ids)} ids of a record", config.max_length)
+                    documents += _masked(record.ids, record.counted, config, "tokens", record.layout)
+                elif record.prompt:
                     ids = torch.tensor((head + tail + eos)[: config.max_length])
                     if len(ids) > len(head):
                         documents.append(Document(ids, max(1, len(head))))
@@ -224,6 +208,17 @@ def tokenize(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, config: 
                     documents += [Document(piece) for piece in pieces if len(piece) > 1]
             bar.update(len(part))
     return documents
+
+
+def _masked(
+    ids: Sequence[int], counted: Sequence[bool], config: DataConfig, origin: str, layout: tuple[int, ...] | None = None
+) -> list[Document]:
+    """One document in which some tokens count, or none where no token does."""
+    tokens, targets = torch.tensor(ids[: config.max_length]), torch.tensor(counted[: config.max_length])[1:]
+    if not bool(targets.any()):
+        return []
+    labels = None if bool(targets.all()) else tokens[1:].masked_fill(~targets, IGNORED)
+    return [Document(tokens, labels=labels, layout=layout, origin=origin)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
@@ -239,7 +234,7 @@ class Batch:
 
     Args:
         documents: what it is made of.
-        input_ids, position_ids: int64 ``[B, R]``. Positions restart with every document.
+        input_ids, position_ids: int64 ``[B, R]``. Positions restart with every document, and segment of one.
         rows: int64 ``[N]``, N = sum of (L - 1): where in the flattened ``[B * R]`` the predictions are made.
         labels: int64 ``[N]``: the token that each row predicts, -100 where it does not count.
         counted: int64 ``[M]``: the rows that do count.
@@ -300,7 +295,8 @@ def collate(documents: Sequence[Document], row_length: int, packing: bool = True
         for i in members:
             length = len(documents[i])
             input_ids[b, column : column + length] = documents[i].tokens
-            position_ids[b, column : column + length] = torch.arange(length)
+            segments = documents[i].layout or (length,)
+            position_ids[b, column : column + length] = torch.cat([torch.arange(segment) for segment in segments])
             first_row[i] = b * width + column
             column += length
         input_ids[b, column:] = input_ids[b, 0]  # any id does; this one is no padding token that a model warns about
@@ -384,4 +380,8 @@ def data_fingerprint(documents: Sequence[Document]) -> str:
     for document in documents:
         digest.update(len(document).to_bytes(8, "little") + document.first_target.to_bytes(8, "little"))
         digest.update(document.tokens.numpy().tobytes())
+        if document.labels is not None:
+            digest.update(document.labels.numpy().tobytes())
+        if document.layout is not None:
+            digest.update(repr(document.layout).encode())
     return digest.hexdigest()

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_trainer import assets
-from kd_trainer.cache_build import CacheOptions, build_cache
+from kd_trainer.caching.build import build_cache
+from kd_trainer.caching.options import CacheOptions
 from kd_trainer.config import Config, DataConfig, OptimConfig, StudentConfig, TeacherConfig, TrainConfig
 from kd_trainer.data import load_documents
 from kd_trainer.evaluate import evaluate, table

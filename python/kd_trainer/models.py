@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -304,3 +305,11 @@ def bos_policy(tokenizer: PreTrainedTokenizerBase) -> str:
     if at is None:
         fail("bos_policy", "the tokenizer", "one that puts special tokens around a text", f"{outer} for 'a', which is {inner}")
     return " ".join(map(str, [*outer[:at], "text", *outer[at + len(inner) :]]))
+
+
+def reading_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, str | None]:
+    """BOS policy and fingerprint of the chat template that documents were read with; None where they came as ids."""
+    origins = {document.origin for document in documents}
+    if "tokens" in origins:
+        return None, None
+    return bos_policy(tokenizer), chat_template_fingerprint(tokenizer) if "chat" in origins else "none"

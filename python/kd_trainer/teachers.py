@@ -11,7 +11,7 @@ from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets
 from kd_kernels.cache import CacheError, CacheReader, content_key
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import fail
-from kd_trainer.models import CausalLM, bos_policy
+from kd_trainer.models import CausalLM, reading_of
 
 if TYPE_CHECKING:
     from kd_trainer.config import Config
@@ -100,7 +100,7 @@ class CachedTeacher:
         self.reader = reader
 
     def check(self, documents: Sequence[Document]) -> None:
-        missing = sum(content_key(document.tokens, self.reader.manifest) not in self.reader for document in documents)
+        missing = sum(self.key(document) not in self.reader for document in documents)
         if missing:
             raise CacheError(
                 f"train: cache {self.reader.folder} must hold every document, got {missing} of {len(documents)} "
@@ -112,9 +112,12 @@ class CachedTeacher:
             for document in documents:
                 self.document_targets(document)
 
+    def key(self, document: Document) -> bytes:
+        return content_key(document.tokens, self.reader.manifest, document.layout)
+
     def document_targets(self, document: Document) -> SparseTargets:
         """The L - 1 rows of one document."""
-        return self.reader.targets(document.tokens, required=document.counted)
+        return self.reader.targets(document.tokens, layout=document.layout, required=document.counted)
 
     def targets(self, batch: Batch) -> SparseTargets:
         targets = SparseTargets.cat([self.document_targets(document) for document in batch.documents])
@@ -167,10 +170,10 @@ def teacher_of(config: Config, parts: Parts) -> Teacher:
         CacheError, ValueError: as :func:`open_cache`; a model with another vocabulary than the student's.
     """
     if config.cache is not None:
+        bos, chat_template = reading_of(parts.documents, parts.tokenizer)
         return CachedTeacher(open_cache(
             config.cache, teacher=parts.teacher_fingerprints[0], tokenizer=parts.tokenizer_fingerprint,
-            vocab=parts.student.vocab, temperature=config.objective.temperature, bos=bos_policy(parts.tokenizer),
-            chat_template="none",
+            vocab=parts.student.vocab, temperature=config.objective.temperature, bos=bos, chat_template=chat_template,
         ))
     return live_teachers(config, parts)[0]
 

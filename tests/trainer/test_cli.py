@@ -27,7 +27,7 @@ def test_cache_then_train_then_eval(capsys, tiny, text, tmp_path):
     out = run(capsys, "cache", "build", "--teacher", tiny, "--data", text, "--out", tmp_path / "c", "--k", 16,
               "--max-length", 48, "--holdout", 0.2)
     assert "top 16" in out and "a row)" in out
-    assert "every block is whole" in run(capsys, "cache", "info", tmp_path / "c", "--verify")
+    assert re.search("every block of [0-9,]+ bytes is whole", run(capsys, "cache", "verify", tmp_path / "c"))
     config = {
         "out": str(tmp_path / "run"), "method": "kd", "cache": str(tmp_path / "c"), "teacher": {"model": str(tiny)},
         "student": {"layers": [0, 3]}, "data": {"source": str(text), "max_length": 48, "holdout": 0.2},

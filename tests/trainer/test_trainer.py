@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd_kernels import divergences
 from kd_kernels.cache import CacheError
-from kd_trainer.cache_build import CacheOptions, build_cache
+from kd_trainer.caching.build import build_cache
+from kd_trainer.caching.options import CacheOptions
 from kd_trainer.config import DataConfig, OptimConfig, to_yaml
 from kd_trainer.data import load_documents
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from kd_trainer import registry
-from kd_trainer.cache_build import CacheOptions, build_cache
+from kd_trainer.caching.build import build_cache
+from kd_trainer.caching.options import CacheOptions
 from kd_trainer.config import DataConfig
 from kd_trainer.tiny import save_tiny_model
 from kd_trainer.trainer import learning_rate, train

@@ -1,0 +1,1 @@
+"""Making, filling and examining teacher caches: what ``kdk cache`` does."""
