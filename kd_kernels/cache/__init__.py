@@ -5,6 +5,7 @@ sequence is named by a hash of its tokens, its layout, its teacher and its token
 and whatever does not fit raises :class:`CacheError`. FORMAT.md beside this file is the normative text on the files.
 """
 
+from kd_kernels.cache.dataset import CachedBatch, CachedCollator, CachedDataset, CachedItem
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.key import content_key
 from kd_kernels.cache.lock import writer_name
@@ -17,6 +18,6 @@ from kd_kernels.cache.rows import CachedRows
 from kd_kernels.cache.writer import CacheWriter
 
 __all__ = [
-    "CacheError", "CacheManifest", "CacheReader", "CacheWriter", "CachedRows", "Merged", "content_key", "merge", "recover",
-    "with_mass_one", "writer_name",
+    "CacheError", "CacheManifest", "CacheReader", "CacheWriter", "CachedBatch", "CachedCollator", "CachedDataset", "CachedItem",
+    "CachedRows", "Merged", "content_key", "merge", "recover", "with_mass_one", "writer_name",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kd_kernels.cache.index import MergedIndex
 from kd_kernels.cache.key import FIELDS, content_key
 from kd_kernels.cache.manifest import read_manifest
 from kd_kernels.cache.masses import with_mass_one
+from kd_kernels.cache.prefetch import ahead_of
 from kd_kernels.cache.rows import CachedRows
 from kd_kernels.cache.shard import Shard
 from kd_kernels.cache.sources import open_folder
@@ -153,6 +154,24 @@ class CacheReader:
         layouts = [None] * len(sequences) if layouts is None else layouts
         pairs = zip(sequences, layouts, strict=True)
         return SparseTargets.cat([self.targets(tokens, layout=layout) for tokens, layout in pairs])
+
+    def ahead(
+        self, sequences: Iterable[Tensor], *, threads: int = 2, depth: int = 64
+    ) -> Iterator[SparseTargets]:
+        """The targets of many sequences, in their order, decoded by threads before they are asked for.
+
+        Args:
+            sequences: int64 or int32 ``[L]`` each; taken as they are needed, so that they may be without end.
+            threads: reading, checking and decoding hold no lock of Python's, so that two decode twice as fast.
+            depth: sequences that are begun and not yet taken, at most: what is held in memory.
+
+        Raises:
+            CacheError, TypeError, ValueError: as :meth:`targets`, in the place of the sequence that it is about.
+        """
+        for name, value in (("threads", threads), ("depth", depth)):
+            if value < 1:
+                _check.fail("CacheReader.ahead", name, "at least 1", value)
+        return ahead_of(self.targets, sequences, threads, depth)
 
     def positions(self, tokens: Tensor, *, layout: Sequence[int] | None = None) -> Tensor:
         """bool ``[L - 1]``: which rows are cached."""
