@@ -19,7 +19,6 @@ from kd_kernels.cache import CacheError, CacheReader, content_key
 from kd_trainer.errors import fail
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.models import CausalLM
-from kd_trainer.teachers import normalised
 
 NOT_FOR_THE_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
@@ -139,7 +138,7 @@ class CachedTargets:
             required = torch.zeros(len(tokens) - 1, dtype=torch.bool)
             required[mine] = True
             parts.append(self.reader.targets(tokens, required=required).select(mine))
-        return normalised(SparseTargets.cat(parts)).to(rows.device)
+        return SparseTargets.cat(parts).to(rows.device)
 
     def check(self, loader: object, at_most: int = 1024) -> None:
         """Raise :class:`CacheError` where sequences of a data loader's dataset are not in the cache.
