@@ -56,16 +56,20 @@ template <class S> S add_groups(const S* z, int64_t n, S r, Groups<S>& groups, d
     const int64_t begin = g * kGroupIds, end = std::min(begin + kGroupIds, n);
     const S top = block_max(z, begin, end), shift = top > -kInf<S> ? top : S{};
     if (end - begin < kGroupIds) std::fill(terms, terms + kGroupIds, S{});
-    double products = 0;
+    typename Lanes<S>::V lanes{};
+    double rest = 0;
     over_columns<S>(begin, end, [&](auto lane, int64_t v) {
       using T = decltype(lane);
       const T gap = load<T>(z + v) - (T{} + shift), e = exp(gap * (T{} + r));
       store(terms + (v - begin), e);
-      if (weighted) products += lane_sum(where(gap > splat<T>(-1e30), e * gap, T{}));
+      if (!weighted) return;
+      const T product = where(gap > splat<T>(-1e30), e * gap, T{});
+      if constexpr (sizeof(T) == sizeof(lanes)) lanes += product;
+      else rest += product;
     });
     groups.top[g] = top;
     groups.sum[g] = sum_by_halving(terms);
-    if (weighted) weighted[g] = products;
+    if (weighted) weighted[g] = lane_sum(lanes) + rest;
     max = top > max ? top : max;
   }
   return max;
