@@ -17,7 +17,7 @@ BACKENDS = ("reference", "cpp", "triton")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 MAX_VOCAB = 1 << 24
-"""Columns that the Triton kernels take: ids below it are exact in fp32."""
+"""Columns that the Triton kernels take: ids below it are exact in fp32. The counter of the draws names no groups beyond it."""
 
 
 @functools.lru_cache(maxsize=None)

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from kd_kernels.cache.errors import CacheError
-from kd_kernels.cache.format import ShardHeader, check_writer_name
+from kd_kernels.cache.format import ShardHeader, check_writer_name, shard_name
 from kd_kernels.cache.journal import parse_lines
 from kd_kernels.cache.shard import TEMPORARY, Shard
 from kd_kernels.cache.sources import SourceFolder
@@ -36,7 +36,7 @@ class Sealed(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.writer}-{self.number:06d}.kdc"
+        return shard_name(self.writer, self.number)
 
 
 def journalled(folder: SourceFolder, digest: bytes) -> list[Sealed]:

@@ -21,7 +21,7 @@ from kd_kernels.cache.manifest import VERSION
 __all__ = [
     "BLOCK_HEAD_BYTES", "Block", "HEADER_BYTES", "IndexEntry", "MAX_BLOCK_ROWS", "Piece", "ShardHeader",
     "TRAILER_BYTES", "block_size", "check_writer_name", "decode_block", "decode_index", "decode_trailer",
-    "encode_block", "encode_index", "unpack_entries",
+    "encode_block", "encode_index", "shard_name", "unpack_entries",
 ]
 
 if sys.byteorder != "little":
@@ -76,6 +76,11 @@ class IndexEntry(NamedTuple):
     cached_rows: int
 
 
+def shard_name(writer: str, number: int) -> str:
+    """The file of a writer's shard of this number."""
+    return f"{writer}-{number:06d}.kdc"
+
+
 def check_writer_name(where: str, writer: str) -> None:
     if not isinstance(writer, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,24}", writer):
         _check.fail(where, "writer", "1 to 24 of A-Z a-z 0-9 _", repr(writer))
@@ -91,7 +96,7 @@ class ShardHeader:
 
     @property
     def name(self) -> str:
-        return f"{self.writer}-{self.number:06d}.kdc"
+        return shard_name(self.writer, self.number)
 
     @property
     def crc(self) -> int:

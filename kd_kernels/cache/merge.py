@@ -12,6 +12,7 @@ from typing import Iterator, NamedTuple, Sequence
 from kd_kernels import _check
 from kd_kernels.cache.catalog import JOURNAL, Sealed, journalled, open_sealed, unsealed
 from kd_kernels.cache.errors import CacheError
+from kd_kernels.cache.format import shard_name
 from kd_kernels.cache.journal import append_line
 from kd_kernels.cache.lock import WriterLock
 from kd_kernels.cache.manifest import CacheManifest, check_same, create_manifest, read_manifest
@@ -141,7 +142,7 @@ class _Names:
         for again in itertools.count(1):
             suffix = f"_{again}"
             writer = sealed.writer if again == 1 else sealed.header.writer[: 24 - len(suffix)] + suffix
-            name = f"{writer}-{sealed.number:06d}.kdc"
+            name = shard_name(writer, sealed.number)
             if name not in self._taken and _is_free(self._out / name, sealed):
                 if writer not in self._locks:
                     self._locks[writer] = WriterLock(self._out, writer)

@@ -124,14 +124,11 @@ def sample(
     return Sampled(*(None if x is None else x.reshape(shape) for x in found))
 
 
-MAX_VOCAB = 1 << 24
-
-
 def _check_vocab(where: str, backend: str, columns: int, tensors: list[Tensor]) -> None:
     if backend == "triton":
         _backend.check_triton_takes(where, columns, *tensors)
-    if columns > MAX_VOCAB:
-        _check.fail(where, "the vocabulary", f"at most {MAX_VOCAB}, whose groups the counter can tell apart", columns)
+    if columns > _backend.MAX_VOCAB:
+        _check.fail(where, "the vocabulary", f"at most {_backend.MAX_VOCAB}, whose groups the counter can tell apart", columns)
 
 
 def _check_budget(where: str, max_scratch_bytes: object) -> None:
@@ -173,7 +170,7 @@ class _Rows:
             return None if value is None else self.tensor("top_k", value)
         if self._int("top_k", value) < 1:
             _check.fail(self.where, "top_k", "at least 1", value, "pass None to keep all")
-        return self.filled(min(value, MAX_VOCAB))
+        return self.filled(min(value, _backend.MAX_VOCAB))
 
     def seeds(self, value: object) -> Tensor:
         """Unsigned 64 bits are taken as they are."""
