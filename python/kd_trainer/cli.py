@@ -10,9 +10,7 @@ from pathlib import Path
 
 from kd_trainer import bench_cli
 from kd_trainer.caching import cli as caching_cli
-from kd_trainer.data_cli import add_data_arguments, data_config
-
-DTYPES = ("float32", "bfloat16", "float16")
+from kd_trainer.data_cli import DTYPES, add_data_arguments, data_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kd_kernels import SparseTargets
 from kd_trainer import assets
 from kd_trainer.config import DataConfig
 from kd_trainer.errors import fail
@@ -38,7 +37,6 @@ class Document:
         labels: int64 ``[L - 1]``, what the rows should predict where that is not ``tokens[1:]`` (a context that was
             rewritten, with the labels of the text that it was made of). -100 where a row does not count.
         tag: which of a method's objectives it is for.
-        targets: the teacher's rows for these tokens, L - 1 of them, where they are kept beside the document.
         layout: lengths of the segments of a sequence that came packed, none of which sees another; None: one segment.
         origin: "text", "chat" (its messages went through the tokenizer's template) or "tokens" (it came as ids).
     """
@@ -47,7 +45,6 @@ class Document:
     first_target: int = 1
     labels: Tensor | None = None
     tag: str = "main"
-    targets: SparseTargets | None = None
     layout: tuple[int, ...] | None = None
     origin: str = "text"
 
@@ -251,6 +248,10 @@ class Batch:
     def tag(self) -> str:
         """The tag of its documents, which is one."""
         return self.documents[0].tag
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[N]`` out of ``[M]`` for the rows that count: NaN in the others, as :func:`kd_kernels.kd_loss` has its statistics."""
+        return torch.full_like(self.labels, torch.nan, dtype=values.dtype).index_copy(0, self.counted, values)
 
     def places(self) -> tuple[Tensor, Tensor]:
         """int64 ``[N]`` twice: the key of each row's document, and the row's place in it. Names a row in draws."""

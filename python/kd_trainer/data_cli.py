@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Here again, because config.py imports torch and a command line should not wait for it."""
+
 NAMES = (
     "split", "text_field", "prompt_field", "completion_field", "messages_field", "max_length", "append_eos", "limit",
     "holdout", "part",

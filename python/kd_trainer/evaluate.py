@@ -13,7 +13,6 @@ ECE          expected calibration error of the most probable token, 15 bins of e
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +23,7 @@ from kd_kernels import LinearLogits, kd_loss
 from kd_trainer.data import Batch, Document, collate
 from kd_trainer.errors import fail
 from kd_trainer.files import progress
-from kd_trainer.models import CausalLM, dense_logits
+from kd_trainer.models import CausalLM, dense_logits, rows_of
 
 BINS = 15
 CHUNK_BYTES = 64 * 2**20
@@ -124,7 +123,7 @@ def batches_by_length(documents: Sequence[Document], batch_tokens: int) -> list[
 
 
 def _rows(logits: LinearLogits, index: Tensor) -> Tensor:
-    return dense_logits(dataclasses.replace(logits, hidden=logits.hidden[index]))
+    return dense_logits(rows_of(logits, index))
 
 
 def _compare(student: _Scores, teacher: _Scores | None, q: Tensor, p: Tensor, labels: Tensor) -> None:

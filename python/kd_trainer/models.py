@@ -8,6 +8,7 @@ model is compared once, on eight tokens, with the logits of its own ``forward``.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kd_kernels import LinearLogits
+from kd_kernels import EnsembleLogits, LinearLogits
 from kd_trainer import assets
 from kd_trainer.data import Batch, Document, collate
 from kd_trainer.errors import fail
@@ -150,6 +151,13 @@ def head_transform(config: object) -> tuple[float, float | None]:
         scale = factor if config.model_type.startswith("hyperclovax") else 1.0 / factor
     softcap = get("final_logit_softcapping") or get("logits_soft_cap")  # Gemma 2 to 4, NanoChat; RecurrentGemma
     return scale, None if softcap is None else float(softcap)
+
+
+def rows_of(logits: LinearLogits | EnsembleLogits, rows: Tensor) -> LinearLogits | EnsembleLogits:
+    """The given rows (int64) of a noun."""
+    if isinstance(logits, EnsembleLogits):
+        return dataclasses.replace(logits, members=tuple(rows_of(member, rows) for member in logits.members))
+    return dataclasses.replace(logits, hidden=logits.hidden[rows])
 
 
 def dense_logits(logits: LinearLogits) -> Tensor:

@@ -64,20 +64,6 @@ class LiveTeacher:
             return self._model(batch)
 
 
-class EnsembleTeacher:
-    """Several live models as one, averaged densely: of their logits or of their probabilities."""
-
-    def __init__(self, members: Sequence[LiveTeacher], space: str = "logit") -> None:
-        self.name = f"{space} mean of " + ", ".join(member.name for member in members)
-        self._members, self._space = tuple(members), space
-
-    def check(self, documents: Sequence[Document]) -> None:
-        pass
-
-    def targets(self, batch: Batch) -> EnsembleLogits:
-        return EnsembleLogits(tuple(member.targets(batch) for member in self._members), space=self._space)
-
-
 class SeveralTeachers:
     """Several live models side by side, for objectives that choose between them."""
 
@@ -90,6 +76,17 @@ class SeveralTeachers:
 
     def targets(self, batch: Batch) -> tuple[LinearLogits, ...]:
         return tuple(member.targets(batch) for member in self._members)
+
+
+class EnsembleTeacher(SeveralTeachers):
+    """Several live models as one, averaged densely: of their logits or of their probabilities."""
+
+    def __init__(self, members: Sequence[LiveTeacher], space: str = "logit") -> None:
+        super().__init__(members)
+        self.name, self._space = f"{space} mean of {self.name}", space
+
+    def targets(self, batch: Batch) -> EnsembleLogits:
+        return EnsembleLogits(super().targets(batch), space=self._space)
 
 
 class CachedTeacher:

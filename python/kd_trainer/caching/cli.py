@@ -6,9 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from kd_trainer.data_cli import add_data_arguments, data_config
-
-DTYPES = ("float32", "bfloat16", "float16")
+from kd_trainer.data_cli import DTYPES, add_data_arguments, data_config
 
 
 def add_parser(commands) -> None:

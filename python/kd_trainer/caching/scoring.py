@@ -17,7 +17,7 @@ from kd_trainer.caching.options import WHERE, CacheOptions
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import fail
 from kd_trainer.models import (
-    CausalLM, check_same_vocabulary, load_pretrained, load_tokenizer, model_fingerprint, vocab_of,
+    CausalLM, check_same_vocabulary, load_pretrained, load_tokenizer, model_fingerprint, rows_of, vocab_of,
 )
 
 Logits = LinearLogits | EnsembleLogits
@@ -201,13 +201,6 @@ class Selector:
                 most = math.ceil(self._options.fraction * len(part))
                 own &= torch.zeros_like(own).index_fill_(0, part.topk(most).indices, True)
         return kept.nonzero().squeeze(1)
-
-
-def rows_of(logits: Logits, rows: Tensor) -> Logits:
-    """The given rows (int64) of a noun."""
-    if isinstance(logits, EnsembleLogits):
-        return dataclasses.replace(logits, members=tuple(rows_of(member, rows) for member in logits.members))
-    return dataclasses.replace(logits, hidden=logits.hidden[rows])
 
 
 def kept_targets(logits: Logits, options: CacheOptions, vocab: int) -> SparseTargets:

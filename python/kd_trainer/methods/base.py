@@ -26,7 +26,7 @@ from kd_kernels import KDLoss, LinearLogits, TokenStats, divergences, kd_loss, t
 from kd_kernels.divergences import Divergence
 from kd_trainer.config import Config
 from kd_trainer.data import Batch, Document, Plan
-from kd_trainer.models import CausalLM
+from kd_trainer.models import CausalLM, rows_of
 from kd_trainer.teachers import NoTeacher, Targets, Teacher
 
 
@@ -141,10 +141,17 @@ class DivergenceObjective(Objective):
         self, student: LinearLogits, targets: Targets, batch: Batch, normalizer: float,
         max_scratch_bytes: int | None = None,
     ) -> KDLoss:
+        return self.over(batch.counted, student, targets, batch, normalizer, max_scratch_bytes)
+
+    def over(
+        self, rows: Tensor, student: LinearLogits, targets: Targets, batch: Batch, normalizer: float,
+        max_scratch_bytes: int | None,
+    ) -> KDLoss:
+        """The loss of some of the rows (int64) that count."""
         return kd_loss(
             student, targets, self.divergence, labels=batch.labels, ce_weight=self.ce_weight, kd_weight=self.kd_weight,
             temperature=self.temperature, squared_temperature=self.squared_temperature, normalizer=normalizer,
-            tail=self.tail, stats=self.stats, rows=batch.counted, max_scratch_bytes=max_scratch_bytes,
+            tail=self.tail, stats=self.stats, rows=rows, max_scratch_bytes=max_scratch_bytes,
         )
 
 
@@ -161,11 +168,10 @@ class LabelObjective(Objective):
         self, student: LinearLogits, targets: Targets, batch: Batch, normalizer: float,
         max_scratch_bytes: int | None = None,
     ) -> KDLoss:
-        counted = dataclasses.replace(student, hidden=student.hidden[batch.counted])
+        counted = rows_of(student, batch.counted)
         stats = token_stats(counted, batch.labels[batch.counted], max_scratch_bytes=max_scratch_bytes)
         loss = self.token_loss(stats, counted, batch).sum() / normalizer
-        logprob = torch.full_like(batch.labels, torch.nan, dtype=stats.logprob.dtype)
-        return KDLoss(loss, {"label_logprob": logprob.index_copy(0, batch.counted, stats.logprob.detach())})
+        return KDLoss(loss, {"label_logprob": batch.spread(stats.logprob.detach())})
 
 
 def cross_entropy() -> DivergenceObjective:

@@ -13,18 +13,18 @@ wrong after, are what the method is measured by: :mod:`kd_trainer.diagnostics`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kd_kernels import KDLoss, LinearLogits, kd_loss, token_stats
+from kd_kernels import KDLoss, LinearLogits, token_stats
 from kd_trainer.config import Config
 from kd_trainer.data import Batch
 from kd_trainer.errors import check_one_of, fail
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, Parts
+from kd_trainer.models import rows_of
 from kd_trainer.registry import MethodSpec, register
 from kd_trainer.teachers import SeveralTeachers, live_teachers
 
@@ -50,11 +50,7 @@ class OldWhereWrong(DivergenceObjective):
         wrong = self._wrong(student if self.judge == "student" else new, batch, max_scratch_bytes)
         total, stats = 0.0, {}
         for teacher, rows in ((old, batch.counted[wrong]), (new, batch.counted[~wrong])):
-            part = kd_loss(
-                student, teacher, self.divergence, labels=batch.labels, kd_weight=self.kd_weight, ce_weight=self.ce_weight,
-                temperature=self.temperature, squared_temperature=self.squared_temperature, normalizer=normalizer,
-                stats=self.stats, rows=rows, max_scratch_bytes=max_scratch_bytes,
-            )
+            part = self.over(rows, student, teacher, batch, normalizer, max_scratch_bytes)
             total = total + part.loss
             for name, values in part.stats.items():
                 stats[name] = stats.get(name, 0.0) + values.nan_to_num(nan=0.0)  # rows of the other teacher are NaN
@@ -63,9 +59,8 @@ class OldWhereWrong(DivergenceObjective):
     @torch.no_grad()
     def _wrong(self, model: LinearLogits, batch: Batch, max_scratch_bytes: int | None) -> Tensor:
         """bool ``[M]``: the rows that count where the model's likeliest token is not the label."""
-        counted = dataclasses.replace(model, hidden=model.hidden[batch.counted])
         labels = batch.labels[batch.counted]
-        return token_stats(counted, labels, max_scratch_bytes=max_scratch_bytes).argmax != labels
+        return token_stats(rows_of(model, batch.counted), labels, max_scratch_bytes=max_scratch_bytes).argmax != labels
 
 
 def build(config: Config, parts: Parts) -> Method:

@@ -16,7 +16,6 @@ gradient of the reverse KL in expectation.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from kd_trainer.config import Config
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import check_one_of, fail
 from kd_trainer.methods.base import DatasetTokens, Method, Objective, Parts
+from kd_trainer.models import rows_of
 from kd_trainer.registry import MethodSpec, register
 from kd_trainer.rollout import step_seed
 from kd_trainer.teachers import CachedTeacher, live_teachers, teacher_of
@@ -56,13 +56,11 @@ class SquaredErrorLogit(Objective):
         self, student: LinearLogits, targets: LinearLogits | Tensor, batch: Batch, normalizer: float,
         max_scratch_bytes: int | None = None,
     ) -> KDLoss:
-        counted, budget = batch.counted, dict(max_scratch_bytes=max_scratch_bytes)
+        budget = dict(max_scratch_bytes=max_scratch_bytes)
         ids, teacher = self._labels(targets, batch, budget)
-        logits = dataclasses.replace(student, hidden=student.hidden[counted])
-        logprob = token_stats(logits, ids, **budget).logprob
+        logprob = token_stats(rows_of(student, batch.counted), ids, **budget).logprob
         error = 0.5 * (logprob - teacher).square()
-        spread = lambda values: torch.full_like(batch.labels, torch.nan, dtype=values.dtype).index_copy(0, counted, values)  # noqa: E731
-        stats = {"label_logprob": spread(logprob.detach()), "squared_error": spread(error.detach())}
+        stats = {"label_logprob": batch.spread(logprob.detach()), "squared_error": batch.spread(error.detach())}
         return KDLoss(error.sum() / normalizer, stats)
 
     def _labels(self, targets: LinearLogits | Tensor, batch: Batch, budget: dict) -> tuple[Tensor, Tensor]:
@@ -70,7 +68,7 @@ class SquaredErrorLogit(Objective):
         text = batch.labels[batch.counted]
         if isinstance(targets, Tensor):
             return text, targets[batch.counted]
-        teacher = dataclasses.replace(targets, hidden=targets.hidden[batch.counted])
+        teacher = rows_of(targets, batch.counted)
         if self.labels == "text":
             with torch.no_grad():
                 return text, token_stats(teacher, text, **budget).logprob
