@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kd_kernels import kd_loss
+from kd_kernels import KDLoss, LinearLogits, SparseTargets, kd_loss
 from kd_trainer.errors import fail
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.targets import BatchTargets, head_logits, last_hidden
 from kd_trainer.integrations.versions import check_version
 from kd_trainer.models import CausalLM
+from kd_trainer.records import IGNORED
 
-IGNORED = -100
 TESTED_PEFT = ("0.21",)
 
 
@@ -109,7 +109,7 @@ def attach(student: CausalLM, targets: BatchTargets, options: KDOptions) -> Call
         rows = (following != IGNORED).nonzero()[:, 0]
         teacher = targets(inputs, rows)
         logits = head_logits(self, student, last_hidden(self, inputs, rows))
-        loss = objective(logits, teacher, options, following[rows], inputs.get("num_items_in_batch"))
+        loss = objective(logits, teacher, options, following[rows], inputs.get("num_items_in_batch")).loss
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = types.MethodType(forward, model)
@@ -123,15 +123,18 @@ def attach(student: CausalLM, targets: BatchTargets, options: KDOptions) -> Call
     return detach
 
 
-def objective(student, teacher, options: KDOptions, labels: Tensor, count: Tensor | float | None) -> Tensor:
+def objective(
+    student: LinearLogits, teacher: LinearLogits | SparseTargets, options: KDOptions, labels: Tensor, count: Tensor | float | None,
+    stats: tuple[str, ...] = (),
+) -> KDLoss:
     """The loss of the given rows, over the global number of tokens where the trainer has counted them."""
     if isinstance(count, Tensor):
         count = count.to(labels.device)
     return kd_loss(
         student, teacher, options.divergence, labels=labels, ce_weight=options.ce_weight, kd_weight=options.kd_weight,
         temperature=options.temperature, squared_temperature=options.squared_temperature, normalizer=count,
-        tail=options.tail, max_scratch_bytes=options.max_scratch_bytes,
-    ).loss
+        tail=options.tail, stats=stats, max_scratch_bytes=options.max_scratch_bytes,
+    )
 
 
 def _call(original: Callable, model: nn.Module, args: tuple, inputs: dict) -> object:

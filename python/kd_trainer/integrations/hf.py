@@ -129,17 +129,19 @@ def targets_of(
         if not hasattr(model, "peft_config"):
             fail("KDCallback", "the student", "a PEFT model with teacher=ADAPTER_OFF", type(model).__name__)
         return AdapterOffTargets(model, student, options)
-    name = teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "")
-    if tokenizer is not None and name:
-        compare_tokenizers(tokenizer, name, must_exist=isinstance(teacher, str))
+    compare_tokenizers(tokenizer, teacher)
     loaded = load_pretrained(teacher) if isinstance(teacher, str) else teacher
     return LiveTargets(inspected(loaded, options.valid_vocab).model, options)
 
 
-def compare_tokenizers(tokenizer: object, name: str, must_exist: bool) -> None:
-    """Raise where a model's tokenizer means other tokens by the same ids; a model made in memory may have none."""
+def compare_tokenizers(tokenizer: object, teacher: str | PreTrainedModel) -> None:
+    """Raise where a teacher's tokenizer means other tokens by the same ids, as far as both are known: a trainer may have
+    no tokenizer, and a model made in memory neither a name nor files."""
+    name = teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "")
+    if tokenizer is None or not name:
+        return
     try:
         check_same_vocabulary(tokenizer, name, "the teacher")
     except FileNotFoundError:
-        if must_exist:
+        if isinstance(teacher, str):
             raise

@@ -78,7 +78,7 @@ class LiveTargets:
             self.lm.to(rows.device)
         with torch.autocast(rows.device.type, enabled=False):
             logits = head_logits(self.lm.model, self.lm, last_hidden(self.lm.model, inputs, rows))
-        return _reduced(logits, self.options)
+        return reduced(logits, self.options)
 
 
 class AdapterOffTargets:
@@ -98,7 +98,7 @@ class AdapterOffTargets:
         try:
             with self._peft_model.disable_adapter():
                 logits = head_logits(model, self._like, last_hidden(model, inputs, rows))
-                return _reduced(logits, self.options)
+                return reduced(logits, self.options)
         finally:
             model.train(training)
 
@@ -162,9 +162,9 @@ class CachedTargets:
             )
 
 
-def _reduced(logits: LinearLogits, options: KDOptions) -> LinearLogits | SparseTargets:
+def reduced(logits: LinearLogits, options: KDOptions) -> LinearLogits | SparseTargets:
+    """A live teacher's rows as a cache would hold them, where ``top_k`` asks for that. Call it without gradients."""
     if options.top_k is None:
         return logits
-    temperature = options.temperature or 1.0
-    temperatures = (1.0,) if temperature == 1.0 else (1.0, float(temperature))
+    temperatures = tuple(dict.fromkeys((1.0, float(options.temperature or 1.0))))
     return topk_targets(logits, min(options.top_k, logits.vocab), temperatures=temperatures)

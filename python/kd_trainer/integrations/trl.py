@@ -36,13 +36,13 @@ from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
 from trl.experimental.gold import GOLDTrainer as TRLGOLDTrainer
 from trl.trainer import distillation_trainer
 
-from kd_kernels import LinearLogits, kd_loss, topk_targets
+from kd_kernels import LinearLogits
 from kd_trainer.errors import fail
-from kd_trainer.integrations.attach import attach, check_vocabularies, inspected
+from kd_trainer.integrations.attach import attach, check_vocabularies, inspected, objective
 from kd_trainer.integrations.hf import check_arguments, compare_tokenizers, targets_of
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.rows import jsd_with_end_points
-from kd_trainer.integrations.targets import gathered
+from kd_trainer.integrations.targets import gathered, reduced
 from kd_trainer.integrations.versions import check_version
 from kd_trainer.models import tokenizer_fingerprint
 
@@ -132,14 +132,10 @@ def _initialise(init, trainer, kd: KDOptions, cache: str | None, args: tuple, kw
         if tokenizer is None:
             fail(where, "processing_class", "given with a cache, whose tokenizer it must be", None)
         fingerprint = tokenizer_fingerprint(tokenizer)
+    elif teacher is None:
+        fail(where, "teacher_model", "given, or cache", None)
     else:
-        if isinstance(teacher, str):
-            if tokenizer is not None:
-                compare_tokenizers(tokenizer, teacher, must_exist=True)
-        elif teacher is None:
-            fail(where, "teacher_model", "given, or cache", None)
-        elif tokenizer is not None and getattr(teacher, "name_or_path", ""):
-            compare_tokenizers(tokenizer, teacher.name_or_path, must_exist=False)
+        compare_tokenizers(tokenizer, teacher)
 
     student = given.get("model")
     if cache is not None:
@@ -244,14 +240,7 @@ def _chunked_divergence(
         teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias, teacher_logit_scale,
         teacher_final_logit_softcapping,
     )
-    if options.top_k is not None:
-        with torch.no_grad():
-            temperatures = tuple(dict.fromkeys((1.0, float(options.temperature))))
-            teacher = topk_targets(teacher, min(options.top_k, teacher.vocab), temperatures=temperatures)
-    result = kd_loss(
-        student, teacher, options.divergence, labels=labels.flatten()[rows], ce_weight=options.ce_weight,
-        kd_weight=options.kd_weight, temperature=options.temperature, squared_temperature=options.squared_temperature,
-        normalizer=num_items_in_batch, tail=options.tail, stats=("student_entropy",),
-        max_scratch_bytes=options.max_scratch_bytes,
-    )
+    with torch.no_grad():
+        teacher = reduced(teacher, options)
+    result = objective(student, teacher, options, labels.flatten()[rows], num_items_in_batch, ("student_entropy",))
     return result.loss, result.stats["student_entropy"].sum(), completion_mask.sum()
