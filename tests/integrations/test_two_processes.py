@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 from trainers import assert_same, examples, model, truth
 
 HERE = Path(__file__).resolve().parent
 
 
 def result_of(trainer: str, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
-        }
-        command = [sys.executable, str(HERE / "two_processes.py"), trainer, str(folder)]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=180)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-3000:]
+    launch([str(HERE / "two_processes.py"), trainer, str(folder)], folders=[str(HERE)], timeout=180)
     return torch.load(folder / "result.pt")
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may look for a hub
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from transformers_fixtures import fresh_accelerator, one_thread  # noqa: F401  (for every test of this folder)
 
 from kd_trainer.config import Config, from_tree
 from kd_trainer.tiny import save_tiny_model, tiny_texts
@@ -49,19 +45,3 @@ def make_config(tiny: Path, text: Path, tmp_path: Path):
         return from_tree(Config, tree)
 
     return make
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps the first precision of a process; here every test chooses its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)

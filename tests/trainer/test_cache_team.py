@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
+from processes import launch_kdk
 
 from kd_kernels import topk_targets
 from kd_kernels.cache import CacheManifest, CacheReader, CacheWriter
@@ -31,24 +31,10 @@ def data(text):
     return DataConfig(source=str(text), max_length=48)
 
 
-def launched(arguments: list[str], processes: int = 2) -> None:
-    """Runs ``kdk`` as torchrun would, on gloo."""
-    program = "import sys; from kd_trainer.cli import main; sys.exit(main(['--traceback', *sys.argv[1:]]))"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(processes):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        running.append(subprocess.Popen(
-            [sys.executable, "-c", program, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        ))
-    outputs = [process.communicate(timeout=180) for process in running]
-    assert [process.returncode for process in running] == [0] * processes, outputs[0][1][-3000:] + outputs[1][1][-3000:]
-    assert outputs[0][0] and not outputs[1][0]  # one of them tells
+def launched(arguments: list[str]) -> None:
+    """Runs ``kdk`` in two processes, of which one tells what was done."""
+    first, second = launch_kdk(arguments, timeout=180)
+    assert first and not second
 
 
 def command(tiny, text, out) -> list[str]:

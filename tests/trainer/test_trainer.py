@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from processes import launch_kdk
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
@@ -103,22 +100,7 @@ def test_two_processes_are_the_same_run_as_one(make_config, tmp_path):
     one = train(make_config(train={"steps": 2}))
     two = make_config(out=str(tmp_path / "two"), train={"steps": 2})
     (tmp_path / "two.yaml").write_text(to_yaml(two))
-    program = "import sys; from kd_trainer.cli import main; sys.exit(main(['--traceback', 'train', sys.argv[1]]))"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        processes.append(subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path / "two.yaml")], env=env, stderr=subprocess.PIPE, text=True,
-        ))
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-3000:]
+    launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=120)
     for a, b in zip(metrics(one.parent), metrics(two.out), strict=True):
         assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
