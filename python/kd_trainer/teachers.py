@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -29,31 +30,28 @@ class Teacher(Protocol):
     def check(self, documents: Sequence[Document]) -> None:
         """Raise, before training starts, where targets for these documents cannot be had."""
 
+    def expect(self, documents: Sequence[Document]) -> None:
+        """Told which documents come next, most likely: what can be begun without the device may begin."""
+
     def targets(self, batch: Batch) -> Targets:
         """Targets for the batch's rows, one for each of ``batch.rows``."""
 
 
-class NoTeacher:
+class NoTeacher(Teacher):
     """No target, for objectives with ``kd_weight`` 0."""
 
     name = "none"
-
-    def check(self, documents: Sequence[Document]) -> None:
-        pass
 
     def targets(self, batch: Batch) -> None:
         return None
 
 
-class LiveTeacher:
+class LiveTeacher(Teacher):
     """A model that is run on every batch, without gradient."""
 
     def __init__(self, model: CausalLM, fingerprint: str) -> None:
         self.name = fingerprint
         self._model = model.eval().requires_grad_(False)
-
-    def check(self, documents: Sequence[Document]) -> None:
-        pass
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> LinearLogits:
@@ -64,15 +62,12 @@ class LiveTeacher:
             return self._model(batch)
 
 
-class SeveralTeachers:
+class SeveralTeachers(Teacher):
     """Several live models side by side, for objectives that choose between them."""
 
     def __init__(self, members: Sequence[LiveTeacher]) -> None:
         self.name = ", ".join(member.name for member in members)
         self._members = tuple(members)
-
-    def check(self, documents: Sequence[Document]) -> None:
-        pass
 
     def targets(self, batch: Batch) -> tuple[LinearLogits, ...]:
         return tuple(member.targets(batch) for member in self._members)
@@ -89,12 +84,17 @@ class EnsembleTeacher(SeveralTeachers):
         return EnsembleLogits(super().targets(batch), space=self._space)
 
 
-class CachedTeacher:
-    """Targets that were computed once and lie on disk; a document that is not there is an error, never a plain loss."""
+class CachedTeacher(Teacher):
+    """Targets that were computed once and lie on disk; a document that is not there is an error, never a plain loss.
+
+    Rows of documents that are expected are read and decoded by threads while the device works on others.
+    """
 
     def __init__(self, reader: CacheReader) -> None:
         self.name = reader.manifest.teacher
         self.reader = reader
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="kd-cache")
+        self._begun: dict[int, tuple[Document, Future[SparseTargets]]] = {}  # a document that is held keeps its id()
 
     def check(self, documents: Sequence[Document]) -> None:
         missing = sum(self.key(document) not in self.reader for document in documents)
@@ -116,9 +116,21 @@ class CachedTeacher:
         """The L - 1 rows of one document."""
         return self.reader.targets(document.tokens, layout=document.layout, required=document.counted)
 
+    def expect(self, documents: Sequence[Document]) -> None:
+        """Begin to read these. What was expected before and is not among them is forgotten."""
+        known = self._begun
+        self._begun = {
+            id(document): known.get(id(document)) or (document, self._threads.submit(self.document_targets, document))
+            for document in documents
+        }
+
     def targets(self, batch: Batch) -> SparseTargets:
-        targets = SparseTargets.cat([self.document_targets(document) for document in batch.documents])
-        return targets.to(batch.rows.device)
+        begun = [self._begun.get(id(document)) for document in batch.documents]
+        rows = [
+            self.document_targets(document) if found is None else found[1].result()
+            for document, found in zip(batch.documents, begun)
+        ]
+        return SparseTargets.cat(rows).to(batch.rows.device)
 
 
 def open_cache(

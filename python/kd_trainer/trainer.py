@@ -106,6 +106,10 @@ def train(config: Config) -> Path:
         checkpoint.restore(resume_from, accelerator, going_on)
     module.train()
 
+    def own(documents: Sequence[Document]) -> list[Document]:
+        """This process's share."""
+        return deal(documents, accelerator.num_processes)[accelerator.process_index]
+
     is_main = accelerator.is_main_process
     log = _Log(out, config, first_step, is_main)
     bar = progress(total=steps, initial=first_step, desc=method.name, unit="step", disable=not is_main)
@@ -115,10 +119,12 @@ def train(config: Config) -> Path:
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            share = deal(method.tokens.step(step), accelerator.num_processes)[accelerator.process_index]
+            share = own(method.tokens.step(step))
             for objective in method.objectives.values():
                 objective.begin_step(step)
             documents = method.tokens.produce(share, step)
+            following = plan.step(step + 1) if step + 1 < steps else []
+            method.teacher.expect([*documents, *own([method.tokens.documents[i] for i in following])])
             metrics = accumulate(accelerator, module, method, documents, config)
             norm = accelerator.clip_grad_norm_(module.parameters(), config.optim.clip or math.inf)
             if not (math.isfinite(metrics["loss"]) and math.isfinite(float(norm))):

@@ -227,16 +227,6 @@ def kd(make_config, tiny, **changes):
     return make_config(**options)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_cache_that_keeps_nearly_all_teaches_as_the_live_teacher(make_config, tiny, cache, tmp_path, temperature):
-    objective = {"temperature": temperature, "ce_weight": 0.2}
-    live = train(kd(make_config, tiny, objective=objective))
-    cached = train(kd(make_config, tiny, objective=objective, out=str(tmp_path / "cached"), cache=str(cache)))
-    for a, b in zip(metrics(live.parent), metrics(cached.parent), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
-        assert a["next_token_loss"] == pytest.approx(b["next_token_loss"], rel=1e-3)
-
-
 def test_distillation_moves_towards_the_teacher(make_config, tiny, cache):
     lines = metrics(train(kd(make_config, tiny, cache=str(cache), optim={"lr": 3e-3}, train={"steps": 12})).parent)
     assert lines[-1]["divergence"] < 0.7 * lines[0]["divergence"]

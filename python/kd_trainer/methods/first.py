@@ -94,6 +94,9 @@ class RecalibratedTeacher:
     def check(self, documents: Sequence[Document]) -> None:
         self._cached.check(documents)
 
+    def expect(self, documents: Sequence[Document]) -> None:
+        self._cached.expect(documents)
+
     def targets(self, batch: Batch) -> SparseTargets:
         head = heads(self._cached.targets(batch), self._options.k)
         if self._options.recalibration == "smoothing":
