@@ -17,6 +17,8 @@ from kd_trainer.files import new_folder, progress
 WHERE = "export_cache"
 FORMATS = ("safetensors", "parquet")
 VERSION = "kd-kernels cache export 1"
+MANIFEST = "_manifest.json"
+"""Readers of a folder of Parquet files skip names that begin so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ def export_cache(
 ) -> int:
     """Write every sequence, in the order of their keys, into files of about ``rows_per_file`` rows.
 
-    ``out`` appears when it is complete. It also gets ``manifest.json``: what the cache is of. Log-probabilities are natural
+    ``out`` appears when it is complete. It also gets :data:`MANIFEST`: what the cache is of. Log-probabilities are natural
     logarithms, normalised over the whole vocabulary, with the rounding that the cache has. Rows that are not cached have no
     entries; their next-token log-probability is NaN.
 
@@ -68,7 +70,7 @@ def export_cache(
     manifest = {"format": VERSION, **dataclasses.asdict(reader.manifest)}
     write = {"safetensors": _write_safetensors, "parquet": _write_parquet}[form]
     with new_folder(out) as temporary, progress(total=len(keys), desc="export", unit="seq") as bar:
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for number, part in enumerate(_parts(reader, keys, tokens, rows_per_file)):
             write(temporary / f"part-{number:05d}.{form}", part, manifest)
             bar.update(len(part))
