@@ -196,9 +196,24 @@ KD_FOR_EACH_FORMULA(INSTANCE)
 """
 """Kernels that do nothing but call a formula of the generated header."""
 
+PHILOX_KERNEL = """
+#include "kd/philox.h"
+// seeds, keys: [n] 64 bits; positions: [n]; uniforms: [n, 4], of block i. Moves 52 n bytes.
+__global__ void philox_kernel(const uint64_t* seeds, const uint64_t* keys, const uint32_t* positions,
+                              double* uniforms, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const kd::Words words = kd::Place{seeds[i], keys[i], positions[i]}.words(kd::kRace, i);
+  for (int j = 0; j < 4; ++j) uniforms[4 * i + j] = kd::uniform(words.w[j]);
+}
+"""
+"""The words of the draws on a device."""
+
+HEADER_KERNELS = {"formulas.cu": FORMULA_KERNELS, "philox.cu": PHILOX_KERNEL}
+
 
 def compile_cuda(architecture: str) -> list[Compiled]:
-    """The generated formulas and every source in csrc/cuda, by nvcc, for "80", "90a" or "100": one entry a kernel.
+    """Device code of the headers and every source in csrc/cuda, by nvcc, for "80", "90a" or "100": one entry a kernel.
 
     Raises:
         FileNotFoundError: nvcc is not installed.
@@ -207,9 +222,10 @@ def compile_cuda(architecture: str) -> list[Compiled]:
     if nvcc is None:
         raise FileNotFoundError("compile_cuda: nvcc must be on the PATH, got none")
     with tempfile.TemporaryDirectory() as folder:
-        formulas = Path(folder) / "formulas.cu"
-        formulas.write_text(FORMULA_KERNELS)
-        sources = [formulas, *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+        sources = [Path(folder) / name for name in HEADER_KERNELS]
+        for source in sources:
+            source.write_text(HEADER_KERNELS[source.name])
+        sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         return [each for source in sources for each in _compile_source(nvcc, source, architecture)]
 
 

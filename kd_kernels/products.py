@@ -274,16 +274,14 @@ def rows_per_chunk(
     Raises:
         ValueError: the budget is too small for one row; the message says how much one row needs.
     """
-    budget = scratch_budget(max_scratch_bytes, device)
+    budget, least = scratch_budget(max_scratch_bytes, device), fixed_bytes + bytes_per_row
     if max_scratch_bytes is None:
-        budget = max(budget, fixed_bytes + bytes_per_row)
-    fitting = (budget - fixed_bytes) // max(bytes_per_row, 1)
-    if fitting < 1:
-        _check.fail(
-            where, "max_scratch_bytes", f"at least {fixed_bytes + bytes_per_row} bytes, which one row takes", max_scratch_bytes
-        )
+        budget = max(budget, least)
+    if budget < least:
+        _check.fail(where, "max_scratch_bytes", f"at least {least} bytes, which one row takes", max_scratch_bytes)
     if rows == 0:
         return 1
+    fitting = (budget - fixed_bytes) // bytes_per_row if bytes_per_row else rows
     tile = ROW_TILE if device.type != "cpu" and min(fitting, rows) >= ROW_TILE else 1
     chunks = math.ceil(rows / min(fitting // tile * tile, rows))
     return math.ceil(math.ceil(rows / chunks) / tile) * tile

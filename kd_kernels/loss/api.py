@@ -192,7 +192,7 @@ def kd_loss(
     teacher_tensors = [t.detach() for t in teacher_tensors]
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     plan = Plan(
-        student=student_description, teacher=teacher_description, columns=columns,
+        where=WHERE, student=student_description, teacher=teacher_description, columns=columns,
         needs_grad=tuple(t.requires_grad and torch.is_grad_enabled() for t in student_tensors),
         row_inputs=tuple(given), divergence=name, temperature=float(temperature),
         kd_weight=float(kd_weight) * (float(temperature) ** 2 if squared_temperature else 1.0), ce_weight=float(ce_weight),

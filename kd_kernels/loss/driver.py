@@ -20,7 +20,7 @@ from kd_kernels.logits import LinearLogits, SparseTargets, Targets, leading_shap
 from kd_kernels.loss import reference
 from kd_kernels.loss.plan import ID_STATS, STATS, Plan
 from kd_kernels.products import (
-    LinearSource, SparseSource, TensorSource, flattened, rows_per_chunk, scratch_budget, source, tensors_of, work_dtype,
+    LinearSource, Source, SparseSource, TensorSource, flattened, rows_per_chunk, scratch_budget, source, tensors_of, work_dtype,
 )
 
 ROW_IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
@@ -168,7 +168,7 @@ def run(
         budget = scratch_budget(plan.max_scratch_bytes, student.device)
         raise torch.OutOfMemoryError(
             _check.complaint(
-                "kd_loss", "max_scratch_bytes", "smaller (gradients come on top of it)", f"{budget} bytes",
+                plan.where, "max_scratch_bytes", "smaller (gradients come on top of it)", f"{budget} bytes",
                 f"the device said: {error}",
             )
         ) from error
@@ -186,7 +186,7 @@ def _run(
     if upstream is not None:
         weight = weight * upstream.double()
     if device.type == "cpu" and not bool(weight.isfinite().all()):
-        _check.fail("kd_loss", "token_weight and normalizer", "such that every row's weight is finite", "NaN or inf")
+        _check.fail(plan.where, "token_weight and normalizer", "such that every row's weight is finite", "NaN or inf")
 
     rows = None
     if plan.compact and inputs.rows is not None:
@@ -194,7 +194,7 @@ def _run(
         rows = inputs.rows[weight[inputs.rows] != 0] if device.type == "cpu" else inputs.rows
     elif plan.compact:
         _backend.check_not_capturing(
-            "kd_loss", "compact", "None or False", True, "pass the rows that count as rows=, or let the others be masked"
+            plan.where, "compact", "None or False", True, "pass the rows that count as rows=, or let the others be masked"
         )
         counting = weight.nonzero()[:, 0]
         rows = counting if counting.shape[0] < count else None
@@ -212,7 +212,7 @@ def _run(
     student_rows = source(student, rows, dtype, writable=writable, **options)
     if is_sparse:
         if device.type == "cpu":
-            _check_offsets(teacher)
+            _check_offsets(plan.where, teacher)
         teacher_rows = SparseSource(teacher, rows, dtype)
         row_pass = implementation.sparse_rows
     else:
@@ -222,7 +222,7 @@ def _run(
     own_bytes_per_row, own_fixed_bytes = implementation.scratch(columns, dtype)
     bytes_per_row = student_rows.bytes_per_row + teacher_rows.bytes_per_row + own_bytes_per_row
     fixed_bytes = student_rows.fixed_bytes + teacher_rows.fixed_bytes + own_fixed_bytes
-    step = rows_per_chunk("kd_loss", chosen, bytes_per_row, fixed_bytes, plan.max_scratch_bytes, device)
+    step = rows_per_chunk(plan.where, chosen, bytes_per_row, fixed_bytes, plan.max_scratch_bytes, device)
 
     sink: LinearGradient | TensorGradient | None = None
     if with_gradient and isinstance(student, LinearLogits):
@@ -244,7 +244,7 @@ def _run(
             gradient, want_stats,
         )
         if device.type == "cpu" and bool(status.any()):
-            _complain(status, rows, begin, columns)
+            _complain(plan.where, status, rows, begin, columns)
         losses[begin:end] = loss
         if stats is not None:
             stats[slice(begin, end) if rows is None else rows[begin:end]] = row_stats
@@ -259,6 +259,17 @@ def _run(
     return Outcome(total, _named_stats(plan, stats), [] if sink is None else sink.finish())
 
 
+def check_gradient_fits(plan: Plan, student: LinearLogits | Tensor, rows: Source) -> None:
+    """Raise where the backward of a loss without a dense teacher would find ``max_scratch_bytes`` too small. It works in
+    a copy of logits that the forward, from ``rows``, only reads."""
+    dtype = work_dtype(*tensors_of(student))
+    if isinstance(student, Tensor):
+        rows = source(student, None, dtype, columns=plan.columns, writable=True)
+    own_bytes_per_row, own_fixed_bytes = row_implementation(plan.backend).scratch(plan.columns, dtype)
+    bytes_per_row, fixed_bytes = rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes
+    rows_per_chunk(plan.where, 1, bytes_per_row, fixed_bytes, plan.max_scratch_bytes, student.device)
+
+
 def _no_targets(student: Targets) -> SparseTargets:
     """Rows without an entry: what a loss without a teacher sees."""
     count = leading_shape(student).numel()
@@ -268,10 +279,10 @@ def _no_targets(student: Targets) -> SparseTargets:
     return SparseTargets(offsets, torch.empty(0, dtype=torch.int64, device=device), empty, importance=empty)
 
 
-def _check_offsets(targets: SparseTargets) -> None:
+def _check_offsets(where: str, targets: SparseTargets) -> None:
     offsets, entries = targets.offsets, targets.ids.shape[0]
     if offsets[0] != 0 or offsets[-1] != entries or bool((offsets.diff() < 0).any()):
-        _check.fail("kd_loss", "teacher.offsets", f"non-decreasing from 0 to nnz={entries}", offsets.tolist()[:8])
+        _check.fail(where, "teacher.offsets", f"non-decreasing from 0 to nnz={entries}", offsets.tolist()[:8])
 
 
 _COMPLAINTS = (
@@ -287,12 +298,12 @@ _COMPLAINTS = (
 )
 
 
-def _complain(status: Tensor, rows: Tensor | None, begin: int, columns: int) -> NoReturn:
+def _complain(where: str, status: Tensor, rows: Tensor | None, begin: int, columns: int) -> NoReturn:
     first = int(status.nonzero()[0, 0])
     row = begin + first if rows is None else int(rows[begin + first])
     for bit, argument, requirement, remedy in _COMPLAINTS:
         if int(status[first]) & bit:
-            _check.fail("kd_loss", argument, requirement.format(last=columns - 1), f"something else in row {row}", remedy)
+            _check.fail(where, argument, requirement.format(last=columns - 1), f"something else in row {row}", remedy)
     raise AssertionError(f"status {int(status[first])}")
 
 

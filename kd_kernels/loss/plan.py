@@ -47,8 +47,12 @@ class RowJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """One call without its tensors. Every field is a number, a string, a bool, None or a tuple of those."""
+    """One call without its tensors. Every field is a number, a string, a bool, None or a tuple of those.
 
+    ``where`` is the public function, for messages.
+    """
+
+    where: str
     student: tuple
     teacher: tuple
     columns: int
@@ -71,7 +75,7 @@ class Plan:
     def text(self) -> str:
         """A Python literal of the fields."""
         return (
-            f"({self.student!r}, {self.teacher!r}, {self.columns!r}, {self.needs_grad!r}, {self.row_inputs!r}, "
+            f"({self.where!r}, {self.student!r}, {self.teacher!r}, {self.columns!r}, {self.needs_grad!r}, {self.row_inputs!r}, "
             f"{self.divergence!r}, {self.temperature!r}, {self.kd_weight!r}, {self.ce_weight!r}, {self.tail!r}, "
             f"{self.reduction!r}, {self.ignore_index!r}, {self.stats!r}, {self.compact!r}, {self.precision!r}, "
             f"{self.autocast!r}, {self.max_scratch_bytes!r}, {self.backend!r})"

@@ -12,6 +12,7 @@ from torch import Tensor
 import kd_kernels.loss  # noqa: F401  (registers loss_per_token_backward, which is the gradient of a log-probability)
 from kd_kernels import _backend, _check, products
 from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, check_dense, leading_shape, vocab
+from kd_kernels.loss import driver
 from kd_kernels.loss.plan import Plan, pack, read, unpack
 from kd_kernels.stats.reference import RowStats
 
@@ -72,6 +73,7 @@ def token_stats(
         ids: int64 or int32, the rows' shape, in 0..V-1; V counts ``valid_vocab`` columns where that is given.
         k: at least 1, or None. Asks for ``in_top_k``.
         max_scratch_bytes: bound on temporary memory, beside gradients. None: 256 MiB on a CPU, 1.4 GiB elsewhere.
+            Enough for the forward is enough for the backward, which may take more: it is asked for beforehand.
         backend: "cpp" (CPU), "triton" (GPU), "reference" (torch operations, any device), or None: by device.
 
     Returns:
@@ -114,7 +116,7 @@ def token_stats(
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     # Minus the cross-entropy of the ids: the plan of the pass that gives the gradient.
     plan = Plan(
-        student=description, teacher=("none",), columns=columns, needs_grad=needs_grad, row_inputs=("labels",),
+        where=WHERE, student=description, teacher=("none",), columns=columns, needs_grad=needs_grad, row_inputs=("labels",),
         divergence="forward_kl", temperature=1.0, kd_weight=0.0, ce_weight=1.0, tail="drop", reduction="none",
         ignore_index=NO_ID, stats=(), compact=device.type == "cpu", precision="float32",
         autocast="" if autocast is None else str(autocast).removeprefix("torch."), max_scratch_bytes=max_scratch_bytes,
@@ -153,14 +155,16 @@ def _token_stats(logits: list[Tensor], ids: Tensor, plan_text: str) -> list[Tens
     if device.type == "cpu":
         _check_ids(ids, plan.columns)
     with torch.autocast(device.type, enabled=False):
-        implementation, out = _implementation(plan.backend), _empty(logits, count)
-        dtype = out.logprob.dtype
+        implementation, dtype = _implementation(plan.backend), products.work_dtype(*logits)
         rows = products.source(noun, None, dtype, autocast=plan.autocast_dtype, native=implementation.NATIVE)
         own_bytes_per_row, own_fixed_bytes = implementation.scratch(plan.columns, dtype)
         step = products.rows_per_chunk(
             WHERE, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes,
             plan.max_scratch_bytes, device,
         )
+        if any(plan.needs_grad):
+            driver.check_gradient_fits(plan, noun, rows)  # now, not after the model's own backward has begun
+        out = _empty(logits, count)
         rows.open(min(step, max(count, 1)))
         for begin in range(0, count, step):
             here = slice(begin, min(begin + step, count))

@@ -60,21 +60,22 @@ def topk_targets(
     summed over the very columns that are left out, relative to its own maximum, so it is as exact at e^-200 as at 1/2;
     it is never one minus the rest. ``cpp``: exponentials to 2 ulp of fp32, sums in fp64 from block to block. The result
     does not depend on the number of threads, and on ``max_scratch_bytes`` by no more than rounding. A prefix that
-    reaches ``mass`` within 1e-6 may differ by an entry between backends. ``triton``: exponentials and sums in fp32, each
-    group of 16 to 512 adjacent columns by itself, then those; a number of ``logprobs`` or ``log_z`` that is near 0 is
-    exact to 3e-7 nats, not to its own size. The tail is summed as above, so it is exact at any depth. Which entries come,
-    and in which order, is the same for every backend that is given the same logits: it is decided by comparisons alone.
+    reaches ``mass`` within 1e-6 may differ by an entry between backends. ``triton``: exponentials and sums in fp32,
+    each group of 16 to 512 adjacent columns by itself, then those; a number of ``logprobs`` or ``log_z`` that is near 0
+    is exact to 3e-7 nats, not to its own size. The tail is summed as above, so it is exact at any depth. Which entries
+    come, and in which order, is the same for every backend that is given the same logits: it is decided by comparisons
+    alone.
 
     Cost: the head's product, and one pass over its result while that is in cache. ``H V`` weights are read once for up
     to 1,024 rows. Scratch of ``cpp``: a panel of 1 to 2 Mi logits (4 to 8 MiB in fp32), and 16 k + 1,048 bytes a row of
     it; whole rows for a mixture of probabilities.
 
     ``triton``, a row: 4 V bytes are written by the product and read once (of logits that are given, V elements of their
-    own dtype are read); then, with S near the root of 2 V / k, 16 V / S bytes of summaries (8 V / S more for each further
-    temperature), 4 k S of candidates and about 100 k of sorting and writing: at V = 128,256 and k = 64, 15 percent of
-    the 4 V for everything but the logits. Scratch: the products, the summaries, and 52 k bytes a row. Nothing waits for the
-    device but the search for bad rows, once, at the end. Any k is taken; where V k is beyond 2^27, the selection reads
-    its candidates from cache up to 32 times. Not yet measured on a GPU.
+    own dtype are read); then, with S near the root of 2 V / k, 16 V / S bytes of summaries (8 V / S more for each
+    further temperature), 4 k S of candidates and about 100 k of sorting and writing: at V = 128,256 and k = 64, 15
+    percent of the 4 V for everything but the logits. Scratch: the products, the summaries, and 52 k bytes a row.
+    Nothing waits for the device but the search for bad rows, once, at the end. Any k is taken; where V k is beyond
+    2^27, the selection reads its candidates from cache up to 32 times. Not yet measured on a GPU.
 
     Not a registered op of torch: how many entries come out depends on the values, so under ``torch.compile`` the graph
     breaks and this runs as it is. Targets are made outside of the training step.
@@ -86,7 +87,9 @@ def topk_targets(
     _check_arguments(logits, k, mass)
     temperatures = _checked_temperatures(temperatures)
     chosen = _backend.choose(WHERE, backend, logits.device, tuple(IMPLEMENTATIONS))
-    _backend.check_not_capturing(WHERE, "the call", "made outside", "a capture", "how many entries come out depends on the data")
+    _backend.check_not_capturing(
+        WHERE, "the call", "made outside", "a capture", "how many entries come out depends on the data"
+    )
     if chosen == "triton":
         _backend.check_triton_takes(WHERE, vocab(logits), *products.tensors_of(logits))
     topk = importlib.import_module(f"kd_kernels.targets.{IMPLEMENTATIONS[chosen]}").topk

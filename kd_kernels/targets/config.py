@@ -1,8 +1,9 @@
-"""Sizes of the panels in which the CPU forms logits, and launch numbers of the Triton kernels. They change the speed and no result.
+"""Sizes of the panels in which the CPU forms logits, and launch numbers of the Triton kernels. They change the speed
+and no result.
 
-The panels, measured as time of the whole call over that of the bare head product (2 cores with AVX-512 and 2 MiB of second-level
-cache each, fp32, H=576, V=49152, k=64). N=256: 0.91 with 2048 or 4096 columns, 0.97 with 8192 and with whole rows.
-N=1024: 0.91 with 1024 rows at a time, 1.15 with 256, because the weight is read for every panel of rows.
+The panels, measured as time of the whole call over that of the bare head product (2 cores with AVX-512 and 2 MiB of
+second-level cache each, fp32, H=576, V=49152, k=64). N=256: 0.91 with 2048 or 4096 columns, 0.97 with 8192 and with
+whole rows. N=1024: 0.91 with 1024 rows at a time, 1.15 with 256, because the weight is read for every panel of rows.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ def panel_rows(rows: int, fitting: int) -> int:
 
 
 MAX_TILE = 16_384
-"""Keys that a selection keeps in registers: k = 1,024 of 151,936 logits, in groups of 16. What follows is not yet measured on a GPU."""
+"""Keys that a selection keeps in registers: k = 1,024 of 151,936 logits, in groups of 16. What follows is not yet
+measured on a GPU."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """``block`` elements at a time by ``num_warps`` warps; the first ``tile`` of what is selected from stay in registers."""
+    """``block`` elements at a time by ``num_warps`` warps; the first ``tile`` of what is selected from stay in
+    registers."""
 
     block: int
     num_warps: int
@@ -44,8 +47,8 @@ class Launch:
 
 
 def group_columns(vocab: int, k: int) -> int:
-    """Columns of a group, S: the power of two below the root of 2 V / k, where V / S summaries of 8 bytes and k S logits of 4 are
-    the fewest bytes together. From 16, which are 64 bytes of a row, to 512."""
+    """Columns of a group, S: the power of two below the root of 2 V / k, where V / S summaries of 8 bytes and k S
+    logits of 4 are the fewest bytes together. From 16, which are 64 bytes of a row, to 512."""
     columns = 16
     while columns < 512 and (2 * columns) ** 2 <= 2 * vocab / k:
         columns *= 2
@@ -61,8 +64,8 @@ def group_launch(vocab: int, warp_size: int) -> Launch:
 
 
 def select_launch(candidates: int, warp_size: int) -> Launch:
-    """For kernels that select from so many candidates: the first MAX_TILE keys stay in registers, 8 a lane up to 512 lanes (with
-    16 a lane on fewer, ptxas spills on sm_100); then 4 candidates a lane at a time."""
+    """For kernels that select from so many candidates: the first MAX_TILE keys stay in registers, 8 a lane up to 512
+    lanes (with 16 a lane on fewer, ptxas spills on sm_100); then 4 candidates a lane at a time."""
     tile = 512
     while tile < min(candidates, MAX_TILE):
         tile *= 2

@@ -23,7 +23,8 @@ ALIGNMENT = 16
 """Groups are counted in multiples of it: Triton then knows that four of them are one load."""
 
 SORT_BYTES = 40
-"""An entry, for torch's sort of a chunk's kept logits: what it returns is 4 and 8 bytes, and it needs as much again or more."""
+"""An entry, for torch's sort of a chunk's kept logits: what it returns is 4 and 8 bytes, and it needs as much again or
+more."""
 
 
 class Scratch(NamedTuple):
@@ -99,18 +100,18 @@ def _truncate(
     launch = config.group_launch(columns, warp_size)
     n_blocks = -(-n_groups * group // launch.block)
     group_kernel[(count * n_blocks,)](
-        raw, bias, inverses, scratch.maxima, scratch.sums, raw.stride(0), columns, n_groups, n_further, n_blocks, has_bias,
-        factor, height, BLOCK=launch.block, GROUP=group, num_warps=launch.num_warps,
+        raw, bias, inverses, scratch.maxima, scratch.sums, raw.stride(0), columns, n_groups, n_further, n_blocks,
+        has_bias, factor, height, BLOCK=launch.block, GROUP=group, num_warps=launch.num_warps,
     )
     launch = config.select_launch(n_groups, warp_size)
     select_groups_kernel[(count,)](
-        scratch.maxima, scratch.sums, inverses, scratch.groups, scratch.state, result.log_z, n_groups, n_further, n_selected,
-        TILE=launch.tile, BLOCK=launch.block, num_warps=launch.num_warps,
+        scratch.maxima, scratch.sums, inverses, scratch.groups, scratch.state, result.log_z, n_groups, n_further,
+        n_selected, TILE=launch.tile, BLOCK=launch.block, num_warps=launch.num_warps,
     )
     launch = config.select_launch(n_selected * group, warp_size)
     select_logits_kernel[(count,)](
-        raw, bias, scratch.groups, scratch.state, scratch.columns, scratch.values, raw.stride(0), columns, n_selected, k,
-        has_bias, factor, height, GROUP=group, TILE=launch.tile, BLOCK=launch.block, num_warps=launch.num_warps,
+        raw, bias, scratch.groups, scratch.state, scratch.columns, scratch.values, raw.stride(0), columns, n_selected,
+        k, has_bias, factor, height, GROUP=group, TILE=launch.tile, BLOCK=launch.block, num_warps=launch.num_warps,
     )
     # Candidates come by rising id: a stable sort leaves equal ones in that order.
     values, places = scratch.values.sort(dim=1, descending=True, stable=True)

@@ -1,10 +1,10 @@
 """The kernels of ``topk_targets``. A row of logits is read once; what follows works on summaries that are far smaller.
 
-Columns are taken in groups of S adjacent ones, and each group is summarised by its maximum and its sum of exponentials. The
-k largest logits of a row lie in the k groups with the largest maxima, ties to the lower index: a logit outside of them is
-beaten by the maximum of each of the k, or equals it and has a higher id. So the same selection runs twice: k groups out of
-V / S, then k logits out of the k S in those groups. What is not selected joins the tail, a group by its sum: nothing is ever
-taken away from a sum, so the tail keeps all its digits however little mass it has.
+Columns are taken in groups of S adjacent ones, and each group is summarised by its maximum and its sum of exponentials.
+The k largest logits of a row lie in the k groups with the largest maxima, ties to the lower index: a logit outside of
+them is beaten by the maximum of each of the k, or equals it and has a higher id. So the same selection runs twice: k
+groups out of V / S, then k logits out of the k S in those groups. What is not selected joins the tail, a group by its
+sum: nothing is ever taken away from a sum, so the tail keeps all its digits however little mass it has.
 """
 
 import triton
@@ -23,8 +23,8 @@ BEYOND = tl.constexpr(1 << 21)
 """A group that no vocabulary has: of 16 columns or more each, they end at 2^24."""
 
 N_STATE = tl.constexpr(6)
-# A row's state: its maximum M and sum of exp(z - M); then peak and sum, relative to M, of the groups that were left out, and of
-# the candidates that were.
+# A row's state: its maximum M and sum of exp(z - M); then peak and sum, relative to M, of the groups that were left
+# out, and of the candidates that were.
 
 
 @triton.jit(do_not_specialize=["n_further", "n_blocks", "has_bias"])
@@ -34,11 +34,12 @@ def group_kernel(
     inverses_ptr,  # [T] fp32: 1 / temperature, of those beyond 1
     maxima_ptr,  # [C, G] fp32
     sums_ptr,  # [C, 1 + T, G] fp32
-    stride, n_columns, n_groups, n_further, n_blocks, has_bias, factor, height, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    stride, n_columns, n_groups, n_further, n_blocks, has_bias, factor, height,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """Maximum m of every group, and its sums of ``exp((z - m) / temperature)``. Moves V (s + 4 (2 + T) / S) bytes a row, s those
-    of a logit. G is a multiple of 16, so that all rows are aligned: the groups past V have a maximum of -inf, which loses every
-    tie."""
+    """Maximum m of every group, and its sums of ``exp((z - m) / temperature)``. Moves V (s + 4 (2 + T) / S) bytes a
+    row, s those of a logit. G is a multiple of 16, so that all rows are aligned: the groups past V have a maximum of
+    -inf, which loses every tie."""
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     first = tl.program_id(0) % n_blocks * (BLOCK // GROUP)
     o_g = first + tl.arange(0, BLOCK // GROUP)
@@ -64,8 +65,8 @@ def finite_or_zero(maximum):
 def load_candidates(
     row_ptr, bias_ptr, has_bias, parents_ptr, o_n, n, n_columns, factor, height, GROUP: tl.constexpr,
 ):
-    """Candidates ``o_n``, the columns that they are, and which of them exist. With GROUP 0, they are the row's first n columns;
-    else the members of the groups that ``parents_ptr`` lists."""
+    """Candidates ``o_n``, the columns that they are, and which of them exist. With GROUP 0, they are the row's first n
+    columns; else the members of the groups that ``parents_ptr`` lists."""
     if GROUP == 0:
         columns, mask = o_n, o_n < n
     else:
@@ -76,7 +77,8 @@ def load_candidates(
 
 @triton.jit
 def keys_of(z, mask):
-    """Integers that are ordered as the numbers are, zeros of both signs equal; where ``mask`` is false, below all that exist."""
+    """Integers that are ordered as the numbers are, zeros of both signs equal; where ``mask`` is false, below all that
+    exist."""
     bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
     return tl.where(mask, tl.where(bits < 0, bits ^ LARGEST_KEY, bits), LEAST_KEY)
 
@@ -85,11 +87,11 @@ def keys_of(z, mask):
 def bracket_kth(
     row_ptr, bias_ptr, has_bias, parents_ptr, n, n_columns, factor, height, k, GROUP: tl.constexpr, TILE: tl.constexpr,
 ):
-    """Keys ``low <= high``, and how many candidates have one above ``high``: fewer than k, while at least k have one of at least
-    ``low``. If more than k have, ``low`` is ``high``, and those that have it are equal.
+    """Keys ``low <= high``, and how many candidates have one above ``high``: fewer than k, while at least k have one of
+    at least ``low``. If more than k have, ``low`` is ``high``, and those that have it are equal.
 
-    Bisection over the keys. The first TILE of them stay in registers, others are read from cache at each of at most 32 steps.
-    Only integers are compared, so this holds for any bits, NaN included."""
+    Bisection over the keys. The first TILE of them stay in registers, others are read from cache at each of at most 32
+    steps. Only integers are compared, so this holds for any bits, NaN included."""
     o_t = tl.arange(0, TILE)
     z, _, mask = load_candidates(row_ptr, bias_ptr, has_bias, parents_ptr, o_t, n, n_columns, factor, height, GROUP)
     keys = keys_of(z, mask)
@@ -119,11 +121,11 @@ def bracket_kth(
 
 @triton.jit
 def select(
-    row_ptr, bias_ptr, has_bias, parents_ptr, sums_ptr, n, n_columns, factor, height, k, reference, columns_ptr, values_ptr,
-    GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    row_ptr, bias_ptr, has_bias, parents_ptr, sums_ptr, n, n_columns, factor, height, k, reference, columns_ptr,
+    values_ptr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Write the columns of the k largest candidates, the lower ones among equals, rising; with GROUP also their values. Returns
-    the maximum of the others, and their sum of exponentials relative to it, both relative to ``reference``.
+    """Write the columns of the k largest candidates, the lower ones among equals, rising; with GROUP also their values.
+    Returns the maximum of the others, and their sum of exponentials relative to it, both relative to ``reference``.
 
     A candidate that is a group (GROUP 0) weighs as much as its sum says."""
     low, high, n_above = bracket_kth(
@@ -170,8 +172,8 @@ def select_groups_kernel(
     log_z_ptr,  # [C, T] fp32
     n_groups, n_further, k, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """The k groups in which the largest logits are, and the row's normalisers. Moves 4 G (3 + T) + 4 k bytes a row from and to
-    memory; the rest comes from cache."""
+    """The k groups in which the largest logits are, and the row's normalisers. Moves 4 G (3 + T) + 4 k bytes a row from
+    and to memory; the rest comes from cache."""
     row = tl.program_id(0).to(tl.int64)
     maxima_row, sums_row = maxima_ptr + row * n_groups, sums_ptr + row * (1 + n_further) * n_groups
     o_b = tl.arange(0, BLOCK)
@@ -188,8 +190,8 @@ def select_groups_kernel(
         sums += tl.load(sums_row + o_g, mask=o_g < n_groups, other=0.0) * tl.exp(below)
     total = tl.sum(sums, 0)
     tail_peak, tail_total = select(
-        maxima_row, maxima_row, 0, groups_ptr, sums_row, n_groups, n_groups, 1.0, 0.0, k, reference, groups_ptr + row * k,
-        maxima_row, 0, TILE, BLOCK,
+        maxima_row, maxima_row, 0, groups_ptr, sums_row, n_groups, n_groups, 1.0, 0.0, k, reference,
+        groups_ptr + row * k, maxima_row, 0, TILE, BLOCK,
     )
     state_row = state_ptr + row * N_STATE
     tl.store(state_row, peak)
@@ -215,15 +217,16 @@ def select_logits_kernel(
     state_ptr,  # [C, 6] fp32
     columns_ptr,  # [C, k] int32
     values_ptr,  # [C, k] fp32
-    stride, n_columns, n_parents, k, has_bias, factor, height, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    stride, n_columns, n_parents, k, has_bias, factor, height,
+    GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """The k largest logits of the groups that were selected, by rising id. Moves P S s + 8 k bytes a row from and to memory, s
-    those of a logit; the rest comes from cache."""
+    """The k largest logits of the groups that were selected, by rising id. Moves P S s + 8 k bytes a row from and to
+    memory, s those of a logit; the rest comes from cache."""
     row = tl.program_id(0).to(tl.int64)
     state_row, groups_row = state_ptr + row * N_STATE, groups_ptr + row * n_parents
     tail_peak, tail_total = select(
-        raw_ptr + row * stride, bias_ptr, has_bias, groups_row, state_row, n_parents * GROUP, n_columns, factor, height, k,
-        finite_or_zero(tl.load(state_row)), columns_ptr + row * k, values_ptr + row * k, GROUP, TILE, BLOCK,
+        raw_ptr + row * stride, bias_ptr, has_bias, groups_row, state_row, n_parents * GROUP, n_columns, factor, height,
+        k, finite_or_zero(tl.load(state_row)), columns_ptr + row * k, values_ptr + row * k, GROUP, TILE, BLOCK,
     )
     tl.store(state_row + 4, tail_peak)
     tl.store(state_row + 5, tail_total)

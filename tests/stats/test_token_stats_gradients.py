@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def test_gradient_in_chunks(backend: str) -> None:
     """Forward and backward under a budget of two rows or so."""
     model = linear(vocab=300)
     compare(model, IDS, upstream=UPSTREAM, backend=backend, max_scratch_bytes=30_000)
+
+
+@pytest.mark.parametrize("kind", ["logits", "head"])
+def test_a_budget_that_the_backward_cannot_keep_is_refused_before_it(kind: str, backend: str) -> None:
+    noun = {"logits": torch.randn(3, 500), "head": LinearLogits(torch.randn(3, 8), torch.randn(500, 8))}[kind]
+    leaf = (noun if kind == "logits" else noun.hidden).requires_grad_()
+    with pytest.raises(ValueError, match=r"^token_stats: max_scratch_bytes must be at least \d+ bytes") as caught:
+        token_stats(noun, torch.arange(3), max_scratch_bytes=1, backend=backend)
+    for attempt in range(3):  # the least for the forward, then for the backward, where that is more
+        enough = int(re.search(r"at least (\d+) bytes", str(caught.value))[1])
+        try:
+            stats = token_stats(noun, torch.arange(3), max_scratch_bytes=enough, backend=backend)
+            break
+        except ValueError as error:
+            caught = pytest.ExceptionInfo.from_exception(error)
+    stats.logprob.sum().backward()
+    assert leaf.grad.isfinite().all()
+    with torch.no_grad():
+        token_stats(noun, torch.arange(3), max_scratch_bytes=enough, backend=backend)
 
 
 def test_gradient_of_masked_logits(backend: str) -> None:
