@@ -19,12 +19,16 @@ from kd_trainer.config import DataConfig
 from kd_trainer.tiny import save_tiny_model
 from kd_trainer.trainer import learning_rate, train
 
+WRITTEN = {"prompt_tokens": 6, "max_new_tokens": 12}
 CASES: dict[str, dict] = {
     "baby_llama": {"teachers": 2},
     "churn": {"teachers": 1},
     "dco": {"options": {"samples": 4}},
+    "f_distill": {"teachers": 1, "rollout": WRITTEN, "options": {"each": "text"}},
     "first": {"cached": True},
+    "gkd": {"teachers": 1, "rollout": WRITTEN, "options": {"each": "text"}},
     "idk": {"options": {"token": "<end>"}},
+    "imitkd": {"teachers": 1, "rollout": WRITTEN},
     "kd": {"teachers": 1, "objective": {"divergence": "jsd(beta=0.3)"}},
     "layerskip": {},
     "mix_distillation": {"options": {"sources": ["<text>"], "weights": [0.5, 0.5]}},
@@ -32,7 +36,9 @@ CASES: dict[str, dict] = {
     "muscle": {"teachers": 2},
     "pesf_kd": {"teachers": 1, "options": {"dropout": 0.0}},
     "sel": {"teachers": 1, "options": {"labels": "text"}},
+    "seqkd": {"teachers": 1, "rollout": WRITTEN},
     "sft": {},
+    "supervised_kd": {"cached": True},
 }
 """By name: how many live teachers a method has here, or whether it has a cache of one, and what it is told beside its
 defaults; <text> stands for the text file."""
