@@ -303,6 +303,7 @@ class EnsembleLogits:
             if tuple(weights.shape) != shape:
                 _check.fail(where, "weights", f"of shape {list(shape)}", list(weights.shape))
             _check.same_device(where, "weights", weights, members[0].device)
+            weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
             object.__setattr__(self, "weights", weights / weights.sum(-1, keepdim=True))
             return
         weights = (1.0,) * len(members) if self.weights is None else tuple(self.weights)

@@ -204,7 +204,8 @@ class EnsembleSource(Source):
         for number, member in enumerate(self.members):
             weight, logits = self._weight(number, begin, end), member.chunk(begin, end).logits()
             if is_mean_of_logits and self.row_weights:
-                total.addcmul_(logits, weight)
+                # A member of weight 0 takes no part, its masked columns included: 0 * -inf would be NaN.
+                total.add_((logits * weight).masked_fill_(weight == 0.0, 0.0))
             elif is_mean_of_logits:
                 total.add_(logits, alpha=weight)
             else:

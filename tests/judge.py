@@ -97,7 +97,7 @@ class Ensemble:
     """Several dense or linear teachers."""
 
     members: Sequence[Dense | Linear]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] | Tensor
     space: str
 
     @property
@@ -113,7 +113,8 @@ class Ensemble:
 
     def oracle(self, leaves: dict[str, Tensor]) -> Tensor:
         logits = [m.oracle(own) for m, own in zip(self.members, self._split(leaves))]
-        return oracles.ensemble(logits, list(self.weights), self.space)
+        weights = self.weights if isinstance(self.weights, Tensor) else list(self.weights)
+        return oracles.ensemble(logits, weights, self.space)
 
 
 @dataclass(frozen=True)

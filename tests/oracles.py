@@ -137,8 +137,10 @@ def linear(
     return logits[..., :valid_vocab]
 
 
-def ensemble(members: list[Tensor], weights: list[float], space: str) -> Tensor:
-    """Logits of several teachers: their mean, or the log of the mean of their probabilities."""
+def ensemble(members: list[Tensor], weights: list[float] | Tensor, space: str) -> Tensor:
+    """Logits of several teachers: their mean, or the log of the mean of their probabilities. A tensor has weights for each row."""
+    if isinstance(weights, Tensor):
+        weights = [w[..., None] for w in weights.to(members[0].dtype).unbind(-1)]
     total = sum(weights)
     if space == "logit":
         return sum(w / total * z for w, z in zip(weights, members))

@@ -306,6 +306,8 @@ def test_ensemble_normalises_its_weights() -> None:
     ensemble = EnsembleLogits(members, (1.0, 3.0), "prob")
     assert ensemble.weights == (0.25, 0.75) and ensemble.leading_shape == (2, 3) and ensemble.vocab == V
     assert EnsembleLogits(members).weights == (0.5, 0.5)
+    of_rows = EnsembleLogits(members, torch.tensor([2.0, 6.0]).expand(2, 3, 2), "prob").weights
+    assert torch.equal(of_rows, torch.tensor([0.25, 0.75]).expand(2, 3, 2))
 
 
 @pytest.mark.parametrize(
@@ -350,6 +352,9 @@ def test_ensemble_normalises_its_weights() -> None:
         ),
         (ValueError, r"EnsembleLogits: weights must be finite and greater than 0, got 0.0", dict(weights=(0.0,))),
         (TypeError, r"EnsembleLogits: weights must be a number, got str", dict(weights=("1",))),
+        (ValueError, r"EnsembleLogits: weights must be of shape \[2, 1\], got \[2, 3\]", dict(weights=torch.ones(2, 3))),
+        (TypeError, r"EnsembleLogits: weights must be of dtype .*, got torch.int64", dict(weights=torch.ones(2, 1).long())),
+        (ValueError, r"EnsembleLogits: weights must be on cpu, like the rest, got meta", dict(weights=torch.ones(2, 1, device="meta"))),
     ],
 )
 def test_ensemble_refuses(error: type[Exception], match: str, arguments: dict) -> None:

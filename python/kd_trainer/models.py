@@ -156,7 +156,8 @@ def head_transform(config: object) -> tuple[float, float | None]:
 def rows_of(logits: LinearLogits | EnsembleLogits, rows: Tensor) -> LinearLogits | EnsembleLogits:
     """The given rows (int64) of a noun."""
     if isinstance(logits, EnsembleLogits):
-        return dataclasses.replace(logits, members=tuple(rows_of(member, rows) for member in logits.members))
+        weights = logits.weights[rows] if isinstance(logits.weights, Tensor) else logits.weights
+        return dataclasses.replace(logits, members=tuple(rows_of(member, rows) for member in logits.members), weights=weights)
     return dataclasses.replace(logits, hidden=logits.hidden[rows])
 
 

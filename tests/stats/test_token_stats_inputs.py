@@ -99,6 +99,8 @@ def test_ensembles(space: str, backend: str) -> None:
         Dense(torch.randn(7, 1100, generator=torch.Generator().manual_seed(1))),
     ]
     compare(Ensemble(members, (1.0, 3.0, 0.5), space), ids_for(7, 1100), backend=backend)
+    of_rows = torch.rand(7, 3, generator=torch.Generator().manual_seed(2)) + 0.1
+    compare(Ensemble(members, of_rows, space), ids_for(7, 1100), backend=backend)
 
 
 def test_no_rows(backend: str) -> None:

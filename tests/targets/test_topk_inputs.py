@@ -86,13 +86,14 @@ def test_topk_of_an_ensemble_is_the_topk_of_the_mixture(space: str, backend: str
     """Members that favour different ids: no member's own top-k holds the ensemble's."""
     hidden, weight = head(vocab=4200)
     other = torch.randn(7, 4200, generator=torch.Generator().manual_seed(5)) * 3
-    weights = (1.0, 3.0)
-    ensemble = EnsembleLogits((LinearLogits(hidden, weight), other), weights, space)
-    dense = oracles.ensemble([(hidden @ weight.t()).double(), other.double()], list(weights), space)
-    targets, truth = topk_targets(ensemble, 12, backend=backend), topk_targets(dense, 12, backend="reference")
-    assert torch.equal(targets.ids, truth.ids)
-    torch.testing.assert_close(targets.logprobs.double(), truth.logprobs, rtol=0, atol=1e-5)
-    torch.testing.assert_close(targets.tail_logprob.double(), truth.tail_logprob, rtol=0, atol=1e-5)
+    of_rows = torch.rand(7, 2, generator=torch.Generator().manual_seed(6)) + 0.1
+    for weights in ((1.0, 3.0), of_rows):
+        ensemble = EnsembleLogits((LinearLogits(hidden, weight), other), weights, space)
+        dense = oracles.ensemble([(hidden @ weight.t()).double(), other.double()], weights, space)
+        targets, truth = topk_targets(ensemble, 12, backend=backend), topk_targets(dense, 12, backend="reference")
+        assert torch.equal(targets.ids, truth.ids)
+        torch.testing.assert_close(targets.logprobs.double(), truth.logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(targets.tail_logprob.double(), truth.tail_logprob, rtol=0, atol=1e-5)
 
 
 def test_topk_of_no_rows(backend: str) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from kd_kernels import KDLoss, LinearLogits, TokenStats, divergences, kd_loss, t
 from kd_kernels.divergences import Divergence
 from kd_trainer.config import Config
 from kd_trainer.data import Batch, Document, Plan
+from kd_trainer.errors import fail
 from kd_trainer.models import CausalLM, rows_of
 from kd_trainer.teachers import NoTeacher, Targets, Teacher
 
@@ -40,6 +41,16 @@ class Parts:
     tokenizer_fingerprint: str
     teachers: tuple[CausalLM, ...]
     teacher_fingerprints: tuple[str, ...]
+
+    def mask_id(self, token: str | None) -> int:
+        """The id of ``options.mask``, a token of the vocabulary; None stands for the tokenizer's BOS token."""
+        name = self.tokenizer.bos_token if token is None else token
+        found = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
+        if found not in range(self.student.vocab) or (found == self.tokenizer.unk_token_id and name != self.tokenizer.unk_token):
+            why = " (this tokenizer has no BOS token)" if name is None else ""
+            remedy = f"name one that texts never use, such as the padding token{why}"
+            fail("config", "options.mask", "a token of the vocabulary", repr(token), remedy)
+        return found
 
 
 class TokenSource(Protocol):
@@ -69,8 +80,10 @@ class DatasetTokens:
     plan: Plan
 
     @classmethod
-    def of(cls, config: Config, documents: Sequence[Document]) -> DatasetTokens:
-        return cls(documents, Plan([len(document) for document in documents], config.train.batch_tokens, config.seed))
+    def of(cls, config: Config, documents: Sequence[Document], **more: Any) -> Self:
+        """``more``: fields of a subclass."""
+        plan = Plan([len(document) for document in documents], config.train.batch_tokens, config.seed)
+        return cls(documents, plan, **more)
 
     def step(self, index: int) -> list[Document]:
         return [self.documents[i] for i in self.plan.step(index)]

@@ -59,7 +59,8 @@ def choose_places(
     keys = check_keys(where, keys, [document.tokens for document in documents])
     places = []
     for i, (document, key) in enumerate(zip(documents, keys.tolist())):
-        targets = len(document) - document.first_target
+        target_places = _target_places(document)
+        targets = len(target_places)
         count = round(fraction * targets)
         if strategy == "random":
             chosen = torch.randperm(targets, generator=sequence_generator(seed, key))[:count]
@@ -68,8 +69,29 @@ def choose_places(
             chosen = ((torch.arange(count) + start) * (targets / max(count, 1))).long()
         else:
             chosen = entropies[i].argsort(stable=True, descending=strategy == "hard")[:count]
-        places.append(chosen.sort().values + document.first_target)
+        places.append(target_places[chosen.sort().values])
     return places
+
+
+def hide(documents: Sequence[Document], places: Sequence[Tensor], mask_id: int) -> list[Document]:
+    """Documents with a mask token at the places, int64 ``[m_i]`` each. Their labels are what they were: see :func:`labelled`."""
+    return [
+        dataclasses.replace(document, tokens=document.tokens.index_fill(0, there, mask_id))
+        for document, there in zip(documents, places)
+    ]
+
+
+def labelled(changed: Sequence[Document], texts: Sequence[Document]) -> list[Document]:
+    """Documents whose rows read the changed tokens, and have to predict those of the texts that they were made of."""
+    return [
+        dataclasses.replace(document, labels=text.tokens[1:] if text.labels is None else text.labels)
+        for document, text in zip(changed, texts)
+    ]
+
+
+def _target_places(document: Document) -> Tensor:
+    """int64 ``[n]``, rising: the tokens that are targets."""
+    return document.counted.nonzero().squeeze(1) + 1
 
 
 def rewrite(
@@ -103,10 +125,7 @@ def rewrite(
     if strategy in ("hard", "easy"):
         entropies = [stats.entropy for stats in score(model, documents, batch_tokens=batch_tokens)]
     places = choose_places(documents, fraction, strategy, seed=seed, keys=keys, entropies=entropies)
-    masked = [
-        dataclasses.replace(document, tokens=document.tokens.index_fill(0, there, mask_id))
-        for document, there in zip(documents, places)
-    ]
+    masked = hide(documents, places, mask_id)
     drawn = _Drawn(places)
     with evaluating(model):
         for members, batch in by_length(masked, batch_tokens):
@@ -146,8 +165,9 @@ def mix(
     check_decoding(where, model)
     places = []
     for document, key in zip(documents, keys.tolist()):
-        coins = torch.rand(len(document) - document.first_target, generator=sequence_generator(seed, key))
-        places.append((coins < fraction).nonzero().squeeze(1) + document.first_target)
+        targets = _target_places(document)
+        coins = torch.rand(len(targets), generator=sequence_generator(seed, key))
+        places.append(targets[coins < fraction])
     drawn = _Drawn(places)
     order = sorted((i for i in range(len(documents)) if len(places[i])), key=lambda i: -len(documents[i]))
     size = max(1, len(order)) if batch_size is None else batch_size
