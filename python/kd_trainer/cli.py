@@ -11,6 +11,7 @@ from pathlib import Path
 from kd_trainer import bench_cli
 from kd_trainer.caching import cli as caching_cli
 from kd_trainer.data_cli import DTYPES, add_data_arguments, data_config
+from kd_trainer.diagnostics import cli as diagnostics_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--json", help="write the numbers to this file")
     add_data_arguments(evaluation)
     evaluation.set_defaults(run=_eval)
+
+    diagnostics_cli.add_parser(commands)
 
     demo = commands.add_parser("demo", help="distil SmolLM2-135M into a third of its layers, on this machine")
     demo.add_argument("--out", help="folder for all that is made (runs/demo, or runs/demo-tiny)")

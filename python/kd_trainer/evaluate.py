@@ -9,6 +9,7 @@ acceptance   1 - total variation: the chance that speculative decoding accepts a
              (Leviathan et al., arXiv 2211.17192, corollary 3.6)
 ECE          expected calibration error of the most probable token, 15 bins of equal width
              (Guo et al., arXiv 1706.04599)
+overlap      mean share of the teacher's k most probable tokens that are among the student's k
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from kd_kernels import LinearLogits, kd_loss
 from kd_trainer.data import Batch, Document, collate
-from kd_trainer.errors import fail
+from kd_trainer.errors import check_one_of, fail
 from kd_trainer.files import progress
 from kd_trainer.models import CausalLM, dense_logits, rows_of
 
 BINS = 15
+TOP_K = 10
 CHUNK_BYTES = 64 * 2**20
 DIVERGENCES = ("forward_kl", "reverse_kl", "total_variation")
 STATS = (
@@ -34,8 +36,9 @@ STATS = (
 )
 COLUMNS = {
     "perplexity": "perplexity", "forward_kl": "KL(p||q)", "reverse_kl": "KL(q||p)", "agreement": "agreement",
-    "acceptance": "acceptance", "ece": "ECE",
+    "acceptance": "acceptance", "overlap": "overlap", "ece": "ECE",
 }
+RIGHT = ("label", "teacher")
 
 
 class Calibration:
@@ -69,17 +72,25 @@ class _Scores:
 @torch.no_grad()
 def evaluate(
     teacher: CausalLM, students: Mapping[str, CausalLM], documents: Sequence[Document],
-    *, batch_tokens: int = 2048, device: torch.device | None = None,
+    *, batch_tokens: int = 2048, device: torch.device | None = None, top_k: int = TOP_K, right: str = "label",
 ) -> dict[str, object]:
     """Compare students with a teacher on documents.
 
+    Args:
+        top_k: k of the overlap.
+        right: what a model's confidence is held against for the ECE: "label", whether its first token is the text's
+            next one; or "teacher", the teacher's probability of that token, for text that has no truth in it.
+
     Returns:
-        ``{"tokens": n, "models": {"teacher": {...}, name: {...}, ...}}`` with the quantities of the module's
-        docstring; what a model is to itself (KL 0, agreement 1) is included for the teacher.
+        ``{"tokens": n, "top_k": k, "models": {"teacher": {...}, name: {...}, ...}}`` with the quantities of the
+        module's docstring; what a model is to itself (KL 0, agreement 1) is included for the teacher.
 
     Raises:
-        ValueError: a student with another vocabulary than the teacher's.
+        ValueError: a student with another vocabulary than the teacher's; top_k out of range.
     """
+    check_one_of("evaluate", "right", right, RIGHT)
+    if not 1 <= top_k <= teacher.vocab:
+        fail("evaluate", "top_k", f"in 1..{teacher.vocab}, the vocabulary", top_k)
     for name, student in students.items():
         if student.vocab != teacher.vocab:
             fail(
@@ -101,13 +112,13 @@ def evaluate(
                 labels, p = batch.labels[index], _rows(p_logits, index)
                 of_teacher: _Scores | None = scores["teacher"]
                 for name, logits in q_logits.items():
-                    _compare(scores[name], of_teacher, _rows(logits, index), p, labels)
+                    _compare(scores[name], of_teacher, _rows(logits, index), p, labels, top_k, right)
                     of_teacher = None  # once a row is enough
                 rows += len(index)
                 bar.update(len(index))
     models = {name: _summary(score, rows) for name, score in scores.items()}
-    models["teacher"] |= {"forward_kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0, "acceptance": 1.0}
-    return {"tokens": rows, "models": models}
+    models["teacher"] |= {"forward_kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0, "acceptance": 1.0, "overlap": 1.0}
+    return {"tokens": rows, "top_k": top_k, "models": models}
 
 
 def batches_by_length(documents: Sequence[Document], batch_tokens: int) -> list[Batch]:
@@ -126,7 +137,9 @@ def _rows(logits: LinearLogits, index: Tensor) -> Tensor:
     return dense_logits(rows_of(logits, index))
 
 
-def _compare(student: _Scores, teacher: _Scores | None, q: Tensor, p: Tensor, labels: Tensor) -> None:
+def _compare(
+    student: _Scores, teacher: _Scores | None, q: Tensor, p: Tensor, labels: Tensor, top_k: int, right: str
+) -> None:
     """Add the rows of one chunk to a student's sums, and to the teacher's where it is given."""
     for divergence in DIVERGENCES:
         first = divergence == DIVERGENCES[0]
@@ -136,10 +149,18 @@ def _compare(student: _Scores, teacher: _Scores | None, q: Tensor, p: Tensor, la
         if first:
             student.add("agreement", stats["agreement"])
             student.add("label_logprob", stats["label_logprob"])
-            student.calibration.add(stats["student_confidence"], stats["student_top1"] == labels)
+            is_right = lambda top: top == labels if right == "label" else _probability(p, top)  # noqa: E731
+            student.calibration.add(stats["student_confidence"], is_right(stats["student_top1"]))
             if teacher is not None:
                 teacher.add("label_logprob", stats["teacher_label_logprob"])
-                teacher.calibration.add(stats["teacher_confidence"], stats["teacher_top1"] == labels)
+                teacher.calibration.add(stats["teacher_confidence"], is_right(stats["teacher_top1"]))
+    shared = q.topk(top_k).indices[:, :, None] == p.topk(top_k).indices[:, None, :]
+    student.add("overlap", shared.sum((1, 2)) / top_k)
+
+
+def _probability(logits: Tensor, ids: Tensor) -> Tensor:
+    """``[N]``: of an id a row."""
+    return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0].exp()
 
 
 def _summary(score: _Scores, rows: int) -> dict[str, float]:
@@ -161,10 +182,11 @@ def table(result: Mapping[str, object]) -> str:
     for name, *cells in (header, *body):
         lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, f"{result['tokens']:,} tokens; p is the teacher, KL in nats a token"])
+    about = f"p is the teacher, KL in nats a token; overlap of the first {result['top_k']}"
+    return "\n".join([*lines, f"{result['tokens']:,} tokens; {about}"])
 
 
 def _number(key: str, value: float) -> str:
     if key == "perplexity":
         return f"{value:,.1f}" if value >= 100.0 else f"{value:.3g}"
-    return f"{100 * value:.1f}%" if key in ("agreement", "acceptance") else f"{value:.3f}"
+    return f"{100 * value:.1f}%" if key in ("agreement", "acceptance", "overlap") else f"{value:.3f}"

@@ -1,5 +1,7 @@
-"""What a distillation did beside its loss: whether a head is too narrow for a teacher, what an update broke.
+"""What a distillation did beside its loss; ``kdk diagnose`` prints each.
 
-``bottleneck``   head spectrum, anisotropy, and the KL that no head of a width can go below
+``fidelity``     agreement, KL both ways, acceptance, overlap, calibration: on texts and on the student's own prefixes
+``exposure``     excess accumulated error: what a student's own contexts cost it
 ``flips``        negative flips and churn between two models
+``bottleneck``   head spectrum, anisotropy, and the KL that no head of a width can go below
 """

@@ -30,6 +30,16 @@ class Flips:
     positive: float
     churn: float
 
+    def table(self) -> str:
+        """For people."""
+        rows = {
+            "accuracy of the old model": self.old_accuracy, "accuracy of the new model": self.new_accuracy,
+            "negative flips": self.negative, "positive flips": self.positive, "churn": self.churn,
+        }
+        width = max(map(len, rows))
+        lines = [f"{name.ljust(width)}  {100 * share:.2f}%" for name, share in rows.items()]
+        return "\n".join([*lines, f"of {self.items:,} items"])
+
 
 def flips(old_right: Sequence[bool], new_right: Sequence[bool]) -> Flips:
     """Of items that two models answered; churn counts items of which one model had the answer right and the other not."""
