@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,9 +13,7 @@ from kd_kernels import SparseTargets, topk_targets
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import fail
 from kd_trainer.models import rows_of
-
-if TYPE_CHECKING:
-    from kd_trainer.teachers import LiveTeacher, Targets
+from kd_trainer.teachers import LiveTeacher, Targets, Teacher
 
 FIELDS = ("offsets", "ids", "logprobs", "tail_logprob", "log_z")
 
@@ -66,7 +64,7 @@ class ReplayBuffer:
                 self.targets[document] = SparseTargets(**fields, temperatures=tuple(targets["T"]))
 
 
-class RememberingTeacher:
+class RememberingTeacher(Teacher):
     """A live teacher that reads a sequence of a replay buffer once: later its k likeliest tokens are taken from the buffer.
 
     A batch that was read before costs no pass of the teacher; one with a single new sequence is read as a whole, and its targets
