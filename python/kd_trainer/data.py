@@ -104,9 +104,9 @@ def read_texts(config: DataConfig) -> list[Record]:
     if files := _files(source):
         return [text for file in files for text in _read_file(file, config)]
     looks_like_a_path = source.endswith(TEXT_SUFFIXES) or source.startswith((".", "/", "~"))
-    if looks_like_a_path and not _is_saved_dataset(Path(source).expanduser()):
+    if looks_like_a_path and not is_saved_dataset(Path(source).expanduser()):
         raise FileNotFoundError(f"load_documents: data.source must be an existing file or folder, got {source!r}")
-    return [record_of(record, config, source) for record in _datasets_records(source, config.split)]
+    return [record_of(record, config, source) for record in datasets_records(source, config.split)]
 
 
 def _files(source: str) -> list[Path]:
@@ -115,7 +115,7 @@ def _files(source: str) -> list[Path]:
         if not path.name.endswith(TEXT_SUFFIXES):
             fail("load_documents", "data.source", "a file of kind " + ", ".join(TEXT_SUFFIXES), repr(source))
         return [path]
-    if path.is_dir() and not _is_saved_dataset(path):
+    if path.is_dir() and not is_saved_dataset(path):
         return sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(TEXT_SUFFIXES))
     if any(character in source for character in "*?["):
         root = Path(path.anchor or ".")
@@ -147,16 +147,18 @@ def _read_file(file: Path, config: DataConfig) -> list[Record]:
     return texts
 
 
-def _is_saved_dataset(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `datasets` wrote this folder."""
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _datasets_records(source: str, split: str) -> Iterable[dict]:
+def datasets_records(source: str, split: str) -> Iterable[dict]:
+    """The records of one split of a data set that `datasets` finds, by name or in a folder that it wrote."""
     import datasets
 
     path = Path(source).expanduser()
     try:
-        if _is_saved_dataset(path):
+        if is_saved_dataset(path):
             found = datasets.load_from_disk(str(path))
             return found[split] if isinstance(found, datasets.DatasetDict) else found
         return datasets.load_dataset(source, split=split)
