@@ -1,10 +1,10 @@
-"""The README's tables and pictures, from files: results of ``bench.side_by_side``, of the demo, and the divergences.
+"""The README's tables and pictures: from files under bench/results/, and the divergences and methods that there are.
 
     python -m bench.render            rewrites README.md between its markers
     python -m bench.render --check    exits with 1, and says what is stale, if that would change anything
 
-Markers: ``<!-- bench:NAME -->`` to ``<!-- /bench -->`` with a name from :data:`BLOCKS`, and ``<!-- divergences -->`` to
-``<!-- /divergences -->``. Nothing is typed by hand: what no file holds is said not to be measured yet.
+Markers: ``<!-- bench:NAME -->`` to ``<!-- /bench -->`` with a name from :data:`BLOCKS`, and ``<!-- NAME -->`` to
+``<!-- /NAME -->`` with one from :data:`REGISTRIES`. Nothing is typed by hand: what no file holds is said not to be measured yet.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Callable
 
 from bench import plots, tables
 from kd_kernels import divergences
+from kd_trainer import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -75,7 +76,7 @@ BLOCKS = {
 """By marker."""
 
 
-# --------------------------------------------------------------------------------------------------------- divergences
+# ---------------------------------------------------------------------------------------------------------- registries
 
 
 def _range(factory: Callable[..., divergences.Divergence], name: str, others: dict[str, float]) -> str:
@@ -102,14 +103,30 @@ def divergence_table() -> str:
         bound = "none" if made.bound is None else f"{made.bound:.3g}" + (f" at {at}" if at else "")
         formula = ", ".join(f"`{f}`" for f in formulas).replace("|", r"\|")
         rows.append([f"`{name}`", formula, "; ".join(ranges), bound, made.paper])
-    lines = [["name", "formula", "parameters", "bound, nats", "source"], ["---"] * 5, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _markdown(["name", "formula", "parameters", "bound, nats", "source"], rows)
+
+
+def method_table() -> str:
+    """What ``kdk methods`` lists."""
+    rows = [
+        [f"`{name}`", spec.summary, ", ".join(spec.needs), spec.source] for name, spec in registry.specs().items()
+    ]
+    return _markdown(["name", "what it does", "needs", "source"], rows)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+REGISTRIES = {"divergences": divergence_table, "methods": method_table}
+"""By marker."""
 
 
 # -------------------------------------------------------------------------------------------------------------- README
 
 MARKED = re.compile(
-    r"(<!-- (?:bench:(?P<name>[\w-]+)|divergences) -->\n).*?(<!-- /(?:bench|divergences) -->)", re.DOTALL
+    r"(?P<begin><!-- (?:bench:(?P<name>[\w-]+)|(?P<registry>divergences|methods)) -->\n).*?"
+    r"(?P<end><!-- /(?:bench|divergences|methods) -->)", re.DOTALL,
 )
 
 
@@ -129,8 +146,8 @@ def rendered(text: str, read: Callable[[str], dict] = read_results) -> str:
     """
 
     def block(match: re.Match) -> str:
-        body = divergence_table() if match["name"] is None else BLOCKS[match["name"]].text(read)
-        return f"{match[1]}{body}\n{match[3]}"
+        body = REGISTRIES[match["registry"]]() if match["name"] is None else BLOCKS[match["name"]].text(read)
+        return f"{match['begin']}{body}\n{match['end']}"
 
     return MARKED.sub(block, text)
 
@@ -143,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     new = rendered(text)
     if asked.check:
         stale = [
-            m["name"] or "divergences" for m, n in zip(MARKED.finditer(text), MARKED.finditer(new)) if m[0] != n[0]
+            m["name"] or m["registry"] for m, n in zip(MARKED.finditer(text), MARKED.finditer(new)) if m[0] != n[0]
         ]
         if stale:
             print(f"README.md is stale: {', '.join(stale)}; run python -m bench.render", file=sys.stderr)
