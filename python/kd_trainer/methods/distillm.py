@@ -22,8 +22,8 @@ others, which ``objective.tail`` treats as with a cache (its bucket makes the di
 belong to one process each.
 
 Defaults are the released scripts', whose corpus is OpenWebText. The schedule is as released; that the paper's is the
-same could not be checked. Not reproduced from the released code: a forward loss without the teacher's entropy (its value
-is no divergence), and a threshold computed from None in every mode but the adaptive one.
+same could not be checked. Not reproduced from the released code: a forward loss without the teacher's entropy (no
+divergence by its value), and a threshold computed from None in every mode but the adaptive one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Options:
 def build(config: Config, parts: Parts) -> Method:
     options = config.options
     if config.objective.kd_weight == 0.0:
-        fail("config", "objective.kd_weight", "above 0 for method distillm", 0.0, "what a student wrote is no label for it")
+        remedy = "what a student wrote is no label for it"
+        fail("config", "objective.kd_weight", "above 0 for method distillm", 0.0, remedy)
     check_prompts(parts.documents, config.rollout.prompt_tokens)
     texts, buffer = DatasetTokens.of(config, parts.documents), ReplayBuffer(options.capacity)
     steps = config.train.steps or texts.plan.steps_in(config.train.epochs)
@@ -85,10 +86,8 @@ def build(config: Config, parts: Parts) -> Method:
         scores = rollout.score(parts.student, held_out)
         return -float(torch.cat([score.logprob for score in scores]).double().mean())
 
-    schedule = Schedule(
-        steps, options.threshold, options.raise_by, options.tolerance, options.validate_every or texts.plan.steps_in(1.0),
-        options.fresh,
-    )
+    every = options.validate_every or texts.plan.steps_in(1.0)
+    schedule = Schedule(steps, options.threshold, options.raise_by, options.tolerance, every, options.fresh)
     own = OffPolicyTokens(texts, Writer.student(config, parts), buffer, validate, schedule, config.seed)
     teacher = live_teachers(config, parts)[0]
     if options.replay_k:
@@ -110,6 +109,6 @@ def _documents(config: Config, parts: Parts, **data: object) -> Sequence[Documen
 
 
 register(MethodSpec(
-    "distillm", "a skew KL, with the student's own texts on demand and replayed", "Ko et al. 2024, arXiv 2402.03898", build,
-    Options, {"objective": {"divergence": "skew_reverse_kl(alpha=0.1)"}}, ("live teacher", "prompts"),
+    "distillm", "a skew KL, with the student's own texts on demand and replayed", "Ko et al. 2024, arXiv 2402.03898",
+    build, Options, {"objective": {"divergence": "skew_reverse_kl(alpha=0.1)"}}, ("live teacher", "prompts"),
 ))

@@ -1,4 +1,4 @@
-"""Sources of tokens that several methods share, beside the data set itself (:class:`~kd_trainer.methods.base.DatasetTokens`).
+"""Sources of tokens that several methods share, beside the data set (:class:`~kd_trainer.methods.base.DatasetTokens`).
 
 writers     models that write on from the prompts of texts
 mixture     texts of the data set and written ones, in given proportions; and two data sets side by side
@@ -12,6 +12,6 @@ from kd_trainer.tokens.replay import RememberingTeacher, ReplayBuffer
 from kd_trainer.tokens.writers import KeptWriter, Writer, check_prompts, prompt_length
 
 __all__ = [
-    "FRESH", "KeptWriter", "MixedTokens", "OffPolicyTokens", "RememberingTeacher", "ReplayBuffer", "Schedule", "SideBySide",
-    "Writer", "check_prompts", "prompt_length", "uniform",
+    "FRESH", "KeptWriter", "MixedTokens", "OffPolicyTokens", "RememberingTeacher", "ReplayBuffer", "Schedule",
+    "SideBySide", "Writer", "check_prompts", "prompt_length", "uniform",
 ]

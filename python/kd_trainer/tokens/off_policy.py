@@ -1,4 +1,4 @@
-"""DistiLLM's adaptive off-policy schedule: when a student writes, when it reads again what it wrote, when it reads the data."""
+"""DistiLLM's adaptive off-policy schedule: when a student writes, reads what it wrote, or reads the data."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Schedule:
 
 
 class OffPolicyTokens:
-    """Token source: the texts of a step are of one origin, by u, uniform in [0, 1), and t, the steps done with this one.
+    """Token source: the texts of a step are of one origin, by u, uniform in [0, 1), and t, the steps done.
 
-    "written" now by the student and put into the buffer, where ``u < g(t) = phi FRESH(t / T)``, or ``u < phi`` while the
-    buffer is not full; else "replayed", as many drawn from the buffer, where ``u < phi``; else "text", those of the data.
-    phi rises where the validation loss is at least the reference + tolerance, and then that is the new reference; the first
-    reference is the loss before the first step.
+    "written" now by the student and put into the buffer, where ``u < phi FRESH(t / T)``, or ``u < phi`` while the
+    buffer is not full; else "replayed", as many drawn from the buffer, where ``u < phi``; else "text", those of the
+    data. phi rises where the validation loss is at least the reference + tolerance, and then that is the new reference;
+    the first reference is the loss before the first step.
 
     Args:
         texts: what is written on from, and read.
@@ -56,8 +56,8 @@ class OffPolicyTokens:
     """
 
     def __init__(
-        self, texts: TokenSource, writer: Writes, buffer: ReplayBuffer, validate: Callable[[], float], schedule: Schedule,
-        seed: int,
+        self, texts: TokenSource, writer: Writes, buffer: ReplayBuffer, validate: Callable[[], float],
+        schedule: Schedule, seed: int,
     ) -> None:
         self.documents, self.plan = texts.documents, texts.plan
         self.threshold, self.origin = schedule.threshold, ""

@@ -1,4 +1,4 @@
-"""DistiLLM: its losses, the schedule replayed from recorded losses, the teacher that is not asked twice, the corpus beside."""
+"""DistiLLM: its losses, the schedule replayed from recorded losses, a teacher not asked twice, a corpus beside."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_loss(name, ce_weight):
 @pytest.mark.parametrize("name", SKEWED)
 @pytest.mark.parametrize("k", [3, VOCAB])
 def test_the_loss_on_replay(name, k):
-    """From the k likeliest tokens and the mass of the others: the bucketed divergence, the full one where k is the vocabulary."""
+    """From the k likeliest tokens and the mass of the others: the bucketed divergence, or the full one."""
     case = toy()
     targets = topk_targets(case.teacher, k)
 
@@ -125,7 +125,8 @@ def test_the_schedule_replayed_from_recorded_losses(fresh):
 def test_a_threshold_that_stays_validates_nothing():
     texts = [Document(torch.tensor([1, 2, 3]), 1)]
     source = DatasetTokens(texts, Plan([3], 3, seed=1))
-    tokens = OffPolicyTokens(source, Echo(), ReplayBuffer(2), recorded([]), Schedule(5, threshold=1.0, raise_by=0.0), seed=0)
+    schedule = Schedule(5, threshold=1.0, raise_by=0.0)
+    tokens = OffPolicyTokens(source, Echo(), ReplayBuffer(2), recorded([]), schedule, seed=0)
     for step in range(5):
         tokens.produce(texts, step)
         assert tokens.after_step(step, {})["threshold"] == 1.0
@@ -146,7 +147,8 @@ def teacher_folder(tmp_path_factory):
 def config(make_config, teacher_folder):
     def make(**changes):
         tree = {
-            "method": "distillm", "teacher": {"model": teacher_folder}, "rollout": {"prompt_tokens": 6, "max_new_tokens": 8},
+            "method": "distillm", "teacher": {"model": teacher_folder},
+            "rollout": {"prompt_tokens": 6, "max_new_tokens": 8},
             "data": {"max_length": 32, "limit": 12, "holdout": 0.3}, "train": {"steps": 14, "batch_tokens": 96},
         }
         options = {"threshold": 1.0, "raise_by": 0.0, "capacity": 8, "fresh": "constant"}
@@ -216,7 +218,8 @@ def test_the_corpus_beside(config, tmp_path, text):
     assert set(groups) == {"main", "lm"} and tokens["lm"] == pytest.approx(96, abs=32)
     assert method.objectives["lm"].has_teacher is False and method.objectives["lm"].ce_weight == 2.0
     train(built)
-    train(config(out=str(tmp_path / "split"), options={"lm_source": str(text), "lm_weight": 2.0}, train={"accumulation": 3}))
+    options = {"lm_source": str(text), "lm_weight": 2.0}
+    train(config(out=str(tmp_path / "split"), options=options, train={"accumulation": 3}))
     for whole, split in zip(metrics(tmp_path / "run"), metrics(tmp_path / "split"), strict=True):
         assert whole["loss"] == pytest.approx(whole["main/divergence"] + 2.0 * whole["lm/next_token_loss"], rel=1e-5)
         assert whole["loss"] == pytest.approx(split["loss"], rel=1e-3)
@@ -245,9 +248,9 @@ def test_the_loss_on_held_out_text_raises_the_threshold(config, tmp_path):
     ({"cache": "c"}, "cache must be absent for method distillm, which scores contexts that no cache holds"),
 ])
 def test_settings_out_of_range(changes, message):
-    base = {"out": "o", "student": {"model": "m"}, "teacher": {"model": "t"}, "data": {"source": "d"}, "method": "distillm"}
+    base = {"out": "o", "student": {"model": "m"}, "teacher": {"model": "t"}, "data": {"source": "d"}}
     with pytest.raises(ValueError, match=message):
-        from_tree(Config, base | changes)
+        from_tree(Config, base | {"method": "distillm"} | changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
