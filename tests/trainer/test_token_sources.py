@@ -1,4 +1,4 @@
-"""Where tokens come from: writers, mixtures in frequency, two sources side by side, and the replay buffer with its targets."""
+"""Where tokens come from: writers, mixtures in frequency, two sources side by side, replay with its targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from kd_trainer.methods.base import DatasetTokens
 from kd_trainer.models import CausalLM, dense_logits, load_pretrained
 from kd_trainer.teachers import LiveTeacher
 from kd_trainer.tokens import (
-    KeptWriter, MixedTokens, RememberingTeacher, ReplayBuffer, SideBySide, Writer, check_prompts, prompt_length, uniform,
+    KeptWriter, MixedTokens, RememberingTeacher, ReplayBuffer, SideBySide, Writer, check_prompts, prompt_length,
+    uniform,
 )
 
 OPTIONS = rollout.Options(max_new_tokens=6, stop_ids=(0,), batch_size=3)
@@ -53,7 +54,8 @@ def test_prompts_of_texts_chats_and_texts_without_one():
     assert prompt_length(Document(tokens), 30) == 7  # something is left to be written
     check_prompts([Document(tokens, 5)], None)
     check_prompts([Document(tokens)], 2)
-    with pytest.raises(ValueError, match="rollout.prompt_tokens must be given for texts without a prompt, got None, with 1 of 2"):
+    message = "rollout.prompt_tokens must be given for texts without a prompt, got None, with 1 of 2 such"
+    with pytest.raises(ValueError, match=message):
         check_prompts([Document(tokens, 5), Document(tokens)], None)
     with pytest.raises(ValueError, match="of one segment each, got packed sequences"):
         check_prompts([Document(tokens, 5, layout=(4, 4))], None)
@@ -154,7 +156,9 @@ def test_the_ends_of_the_mixture_are_pure(share):
 
 
 def test_uniform_numbers_are_uniform_and_independent():
-    drawn = torch.tensor([[uniform(5, step, "a"), uniform(5, step, "b"), uniform(5, step, "a", 17)] for step in range(4000)])
+    drawn = torch.tensor(
+        [[uniform(5, step, "a"), uniform(5, step, "b"), uniform(5, step, "a", 17)] for step in range(4000)]
+    )
     assert float(drawn.min()) >= 0.0 and float(drawn.max()) < 1.0
     for column in drawn.T:
         counts = torch.histc(column, 20, 0.0, 1.0)
@@ -218,7 +222,8 @@ def test_a_sequence_is_read_once_by_the_teacher(model, temperature):
     batch = collate([texts[2], texts[0]], 32)
     replayed = teacher.targets(batch)
     assert live.passes == 1
-    truth = topk_targets(dense_logits(live.targets(batch)), 7, temperatures=(1.0, temperature) if temperature > 1 else (1.0,))
+    temperatures = (1.0, temperature) if temperature > 1 else (1.0,)
+    truth = topk_targets(dense_logits(live.targets(batch)), 7, temperatures=temperatures)
     for row, counted in enumerate(batch.labels != -100):
         begin, end = replayed.offsets[row : row + 2].tolist()
         assert end - begin == (7 if counted else 0)
@@ -239,7 +244,8 @@ def test_a_sequence_is_read_once_by_the_teacher(model, temperature):
         assert same(old, new) and old is not new
         one, other = buffer.targets[old], resumed.targets[new]
         assert one.temperatures == other.temperatures
-        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "logprobs", "offsets", "log_z"))
+        for name in ("ids", "logprobs", "offsets", "tail_logprob", "log_z"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
 
     buffer.add([texts[4]])
     del texts, batch, truth, fresh

@@ -187,9 +187,9 @@ class LabelObjective(Objective):
         return KDLoss(loss, {"label_logprob": batch.spread(stats.logprob.detach())})
 
 
-def cross_entropy() -> DivergenceObjective:
+def cross_entropy(weight: float = 1.0) -> DivergenceObjective:
     """Next-token cross-entropy, without a teacher."""
-    return DivergenceObjective(divergences.parse("forward_kl"), kd_weight=0.0, ce_weight=1.0)
+    return DivergenceObjective(divergences.parse("forward_kl"), kd_weight=0.0, ce_weight=weight)
 
 
 def _nothing(step: int, metrics: Mapping[str, float]) -> dict[str, float]:

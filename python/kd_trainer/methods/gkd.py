@@ -1,31 +1,33 @@
-"""Generalised knowledge distillation: any divergence, on texts of the data, of the student and of the teacher; and its points.
+"""Generalised knowledge distillation: any divergence, on texts of data, student and teacher; and its points.
 
-Agarwal et al. 2023, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", arXiv 2306.13649:
+Agarwal et al. 2023, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", arXiv
+2306.13649:
 
     (1 - lambda) E_{y ~ data} D(p || q)(y | x) + lambda E_{y ~ q} D(p || q)(y | x)
 
-with D the mean over the tokens of y of a divergence between next-token distributions (of all the tokens of a step here, which
-weighs long texts more). No gradient passes through the drawing of y: the student is told what the teacher would have said after
-each of its own words. lambda is ``options.student``; ``options.teacher`` is the probability of texts that the teacher writes
-instead of those of the data. ``options.each``: whether a step's texts are all of one origin, as in the paper's algorithm.
+with D the mean over the tokens of y of a divergence between next-token distributions (of all the tokens of a step here,
+which weighs long texts more). No gradient passes through the drawing of y: the student is told what the teacher would
+have said after each of its own words. lambda is ``options.student``; ``options.teacher`` is the probability of texts
+that the teacher writes instead of those of the data. ``options.each`` says whether a step's texts are all of one
+origin, as in the paper's algorithm.
 
-==============  ============  ============  ================  =========================================================
+==============  ============  ============  ================  ===========================================
 name            by student    by teacher    objective         source
-==============  ============  ============  ================  =========================================================
+==============  ============  ============  ================  ===========================================
 gkd             0.5           0             JSD(0.5)          as above
 imitkd          0.5           0             forward KL        Lin et al. 2020, arXiv 2009.07253
 f_distill       0.5           0.5           total variation   Wen et al. 2023, arXiv 2307.15190
-seqkd           0             1             cross-entropy     Kim and Rush 2016, arXiv 1606.07947, section 3.2
-supervised_kd   0             0             forward KL        word-level distillation: method kd, under the name it has here
-==============  ============  ============  ================  =========================================================
+seqkd           0             1             cross-entropy     Kim and Rush 2016, arXiv 1606.07947, 3.2
+supervised_kd   0             0             forward KL        the same, 3.1: method kd, by its name here
+==============  ============  ============  ================  ===========================================
 
-Defaults: lambda and beta are TRL's. The paper tries lambda in {0, 0.5, 1} and beta in {0.1, 0.5, 0.9}, and finds lambda = 1 best
-nearly everywhere and the best divergence to depend on the task. Texts are drawn at temperature 1 (TRL: 0.9), the loss is at 1.
-The student is evaluated without dropout while it writes.
+Defaults: lambda and beta are TRL's. The paper tries lambda in {0, 0.5, 1} and beta in {0.1, 0.5, 0.9}, and finds
+lambda = 1 best nearly everywhere and the best divergence to depend on the task. Texts are drawn at temperature 1 (TRL:
+0.9), the loss is at 1. The student is evaluated without dropout while it writes.
 
-Uncertain: ImitKD anneals the share of data texts, and takes the teacher's likeliest token for a label in one variant; GKD's
-account of it, the constant mix, is followed. How often f-distill draws the student's texts anew: here in every step. SeqKD's
-texts are the teacher's modes, by beam search: here they are greedy. The teacher writes once for every text of the data.
+Uncertain: ImitKD anneals the share of data texts, and takes the teacher's likeliest token for a label in one variant;
+GKD's account of it, the constant mix, is followed. How often f-distill draws the student's texts anew: here in every
+step. SeqKD's texts are the teacher's modes, by beam search: here they are greedy. The teacher writes once for a text.
 
 Not reproduced from public code: a loss whose scale jumps where beta reaches 0 or 1 (the limits are ``forward_kl`` and
 ``reverse_kl`` by name), and other functions under the name JSD.
@@ -67,7 +69,8 @@ def build(config: Config, parts: Parts) -> Method:
         fail("config", "objective.kd_weight", f"above 0 for method {config.method}", 0.0, what)
     if config.cache is not None and (options.student or options.teacher):
         shares = f"student={options.student:g} and teacher={options.teacher:g}"
-        fail("config", "options.student and options.teacher", "0 with a cache", shares, "a cache holds texts of the data alone")
+        remedy = "a cache holds texts of the data alone"
+        fail("config", "options.student and options.teacher", "0 with a cache", shares, remedy)
     writers = {}
     if options.student:
         writers["student"] = (Writer.student(config, parts), options.student)
@@ -81,8 +84,8 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 def _register(
-    name: str, summary: str, source: str, divergence: str, student: float, teacher: float = 0.0, needs: str = "live teacher",
-    **defaults: dict,
+    name: str, summary: str, source: str, divergence: str, student: float, teacher: float = 0.0,
+    needs: str = "live teacher", **defaults: dict,
 ) -> None:
     objective = {"divergence": divergence} | defaults.pop("objective", {})
     tree = {"objective": objective, "options": {"student": student, "teacher": teacher}} | defaults
@@ -96,12 +99,12 @@ _register(
     "jsd(beta=0.5)", student=0.5,
 )
 _register(
-    "imitkd", "gkd: forward KL on half data, half the student's texts", "Lin et al. 2020, arXiv 2009.07253", "forward_kl",
-    student=0.5,
+    "imitkd", "gkd: forward KL on half data, half the student's texts", "Lin et al. 2020, arXiv 2009.07253",
+    "forward_kl", student=0.5,
 )
 _register(
-    "f_distill", "gkd: total variation on half the teacher's, half the student's texts", "Wen et al. 2023, arXiv 2307.15190",
-    "total_variation", student=0.5, teacher=0.5,
+    "f_distill", "gkd: total variation on half the teacher's, half the student's texts",
+    "Wen et al. 2023, arXiv 2307.15190", "total_variation", student=0.5, teacher=0.5,
 )
 _register(
     "seqkd", "gkd: labels that the teacher writes", "Kim and Rush 2016, arXiv 1606.07947", "forward_kl", student=0.0,

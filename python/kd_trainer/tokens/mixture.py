@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def uniform(seed: int, step: int, purpose: str, key: int | None = None) -> float:
-    """A number in [0, 1), a function of the run's seed, the step, what it is for, and the key of a text where one is given."""
+    """A number in [0, 1): a function of the run's seed, the step, what it is for, and a text's key where given."""
     bits = step_seed(seed, step, purpose)
     if key is not None:
         bits = sequence_seed(bits, key)
@@ -28,8 +28,8 @@ class MixedTokens:
     Args:
         texts: what is written on from, and trained on as it is with the probability that the writers leave.
         writers: by a name, a writer and its probability; their sum is at most 1.
-        each: "step" draws once for all texts of a step (TRL, GKD's algorithm); "text" draws for every text by itself, which
-            has the same expectation and less variance.
+        each: "step" draws once for all texts of a step (TRL, GKD's algorithm); "text" draws for every text by itself,
+            which has the same expectation and less variance.
     """
 
     def __init__(
@@ -75,7 +75,9 @@ class SideBySide:
         documents: the other data set; its plan is as long in tokens a step.
     """
 
-    def __init__(self, source: TokenSource, documents: Sequence[Document], tag: str, batch_tokens: int, seed: int) -> None:
+    def __init__(
+        self, source: TokenSource, documents: Sequence[Document], tag: str, batch_tokens: int, seed: int
+    ) -> None:
         self.documents, self.plan = source.documents, source.plan
         self._source, self._tag = source, tag
         self._others = [dataclasses.replace(document, tag=tag) for document in documents]

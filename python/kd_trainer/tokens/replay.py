@@ -52,7 +52,8 @@ class ReplayBuffer:
     def _saved(self, document: Document) -> dict[str, Any]:
         known = self.targets.get(document)
         targets = None if known is None else {name: getattr(known, name) for name in FIELDS} | {"T": known.temperatures}
-        return {"tokens": document.tokens, "first_target": document.first_target, "tag": document.tag, "targets": targets}
+        fields = {name: getattr(document, name) for name in ("tokens", "first_target", "tag")}
+        return fields | {"targets": targets}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.documents.clear()
@@ -65,11 +66,12 @@ class ReplayBuffer:
 
 
 class RememberingTeacher(Teacher):
-    """A live teacher that reads a sequence of a replay buffer once: later its k likeliest tokens are taken from the buffer.
+    """A live teacher that reads a sequence of a replay buffer once: later its k likeliest tokens come from the buffer.
 
-    A batch that was read before costs no pass of the teacher; one with a single new sequence is read as a whole, and its targets
-    are the exact, dense ones. Kept are the rows that count, 12 k bytes each: their k likeliest tokens with the exact mass of all
-    others (which the objective's ``tail`` treats as it does with a cache), at temperature 1 and at the objective's.
+    A batch that was read before costs no pass of the teacher; one with a single new sequence is read as a whole, and
+    its targets are the exact, dense ones. Kept are the rows that count, 12 k bytes each: their k likeliest tokens with
+    the exact mass of all others (which the objective's ``tail`` treats as with a cache), at temperature 1 and the
+    objective's.
     """
 
     def __init__(self, teacher: LiveTeacher, buffer: ReplayBuffer, k: int, temperature: float = 1.0) -> None:

@@ -32,12 +32,13 @@ def prompt_length(document: Document, prompt_tokens: int | None) -> int:
 def check_prompts(documents: Sequence[Document], prompt_tokens: int | None) -> None:
     """Raise ValueError, before anything is written, for texts that have no prompt, or that came packed."""
     if any(document.layout is not None for document in documents):
-        fail("train", "texts that a model writes on from", "of one segment each", "packed sequences", "give them unpacked")
+        what = "texts that a model writes on from"
+        fail("train", what, "of one segment each", "packed sequences", "give them unpacked")
     without = sum(prompt_length(document, None) == 1 for document in documents)
     if without and prompt_tokens is None:
         fail(
-            "config", "rollout.prompt_tokens", "given for texts without a prompt", f"None, with {without} of {len(documents)} such",
-            "set it, or give texts with a prompt and a completion",
+            "config", "rollout.prompt_tokens", "given for texts without a prompt",
+            f"None, with {without} of {len(documents)} such", "set it, or give texts with a prompt and a completion",
         )
 
 
@@ -57,8 +58,9 @@ class Writes(Protocol):
 class Writer:
     """A model as it is at the time, the student for one.
 
-    What it writes is a function of its weights, the text, ``seed``, ``purpose`` and the step: the same in whatever batch and on
-    whatever process, but for the rounding of the model's own sums. Equal texts of one step are continued equally.
+    What it writes is a function of its weights, the text, ``seed``, ``purpose`` and the step: the same in whatever
+    batch and on whatever process, but for the rounding of the model's own sums. Equal texts of a step are continued
+    equally.
 
     Args:
         beside: the model whose device it moves to when it is asked to write.
@@ -79,8 +81,8 @@ class Writer:
         autocast = config.train.precision == "bf16"
         options = rollout_options(config, parts, **sampling)
         return cls(
-            parts.student, options, seed=config.seed, purpose="student's text", prompt_tokens=config.rollout.prompt_tokens,
-            autocast=autocast,
+            parts.student, options, seed=config.seed, purpose="student's text",
+            prompt_tokens=config.rollout.prompt_tokens, autocast=autocast,
         )
 
     @classmethod
@@ -112,7 +114,7 @@ class Writer:
 
 
 class KeptWriter:
-    """A model that does not change, the teacher for one: it writes once for every text, when first asked, and that is kept.
+    """A model that does not change, the teacher for one: it writes once for every text, when first asked.
 
     Kept on the host, 8 bytes a token, and saved with a checkpoint.
     """
@@ -134,10 +136,11 @@ class KeptWriter:
 
 
 def rollout_options(config: Config, parts: Parts, **sampling: Any) -> rollout.Options:
-    """How a run writes: up to ``rollout.max_new_tokens``, ``data.max_length`` with the prompt, or the end of sequence."""
+    """How a run writes: up to ``rollout.max_new_tokens``, ``data.max_length`` with the prompt, or end of sequence."""
     section, end = config.rollout, parts.tokenizer.eos_token_id
     chosen = rollout.Sampling(section.temperature, section.top_k, section.top_p)
     return rollout.Options(
-        max_new_tokens=section.max_new_tokens, max_length=config.data.max_length, stop_ids=() if end is None else (end,),
-        sampling=dataclasses.replace(chosen, **sampling), batch_size=section.batch_size,
+        max_new_tokens=section.max_new_tokens, max_length=config.data.max_length,
+        stop_ids=() if end is None else (end,), sampling=dataclasses.replace(chosen, **sampling),
+        batch_size=section.batch_size,
     )

@@ -24,6 +24,10 @@ CASES: dict[str, dict] = {
     "baby_llama": {"teachers": 2},
     "churn": {"teachers": 1},
     "dco": {"options": {"samples": 4}},
+    "distillm": {
+        "teachers": 1, "rollout": WRITTEN, "data": {"holdout": 0.3},
+        "options": {"threshold": 0.9, "validate_every": 2, "capacity": 18, "fresh": "constant"},
+    },
     "f_distill": {"teachers": 1, "rollout": WRITTEN, "options": {"each": "text"}},
     "first": {"cached": True},
     "gkd": {"teachers": 1, "rollout": WRITTEN, "options": {"each": "text"}},

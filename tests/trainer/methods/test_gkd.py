@@ -1,4 +1,4 @@
-"""GKD and its named points: their objective in expectation over what models write, lambda in frequency, whose words are learned."""
+"""GKD and its named points: the objective over all that models can write, lambda in frequency, whose words count."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_the_mixture_minimises_the_mixed_objective(each, models):
         p, q = logprobs(teacher, text).detach(), logprobs(student, text).detach()
         loss[tuple(text.tokens.tolist())] = float(oracles.jsd(p, q, 0.5).sum() / NEW)
     on_policy = sum(
-        math.exp(float(sequence_logprob(student, text).detach())) * loss[tuple(text.tokens.tolist())] for text in texts()
+        float(sequence_logprob(student, text).detach().exp()) * loss[tuple(text.tokens.tolist())] for text in texts()
     )
     on_data = sum(loss[tuple(text.tokens.tolist())] for text in data) / len(data)
     expected = (1 - share) * on_data + share * on_policy
@@ -195,9 +195,9 @@ def test_settings_out_of_range(changes, message):
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
-    ("gkd", {"rollout": {}}, "rollout.prompt_tokens must be given for texts without a prompt, got None, with 65 of 65 such"),
+    ("gkd", {"rollout": {}}, "rollout.prompt_tokens must be given for texts without a prompt, got None, with 65 of 65"),
     ("gkd", {"objective": {"kd_weight": 0.0, "ce_weight": 1.0}}, "what a student wrote is no label for it"),
-    ("supervised_kd", {"objective": {"kd_weight": 0.0}}, "objective.kd_weight must be above 0 .*nothing is left to learn"),
+    ("supervised_kd", {"objective": {"kd_weight": 0.0}}, "kd_weight must be above 0 .*nothing is left to learn"),
 ])
 def test_settings_that_do_not_fit_together(name, changes, message, made):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Two Llamas over five tokens, in float64, whose continuations of a prompt can all be listed: for expectations over what they write."""
+"""Llamas over five tokens, in float64, whose continuations of a prompt can all be listed, for expectations."""
 
 from __future__ import annotations
 
