@@ -8,11 +8,11 @@ what h_t is, g_t. Per position, with p and q the one head's distributions of h_t
     feature_weight SmoothL1(g, h) + soft_weight KL(p || q) + top_k_weight sum over the top_k of p: p log(p / q)
 
 In the first pass all features are the target's. Pass n sees what the n-th token of a draft sees: the last n - 1
-features are those of the passes before it (no gradient through them), all earlier ones the target's. A position counts in pass n
-if the text's next token was among the draft's ``align_k`` likeliest there in the pass before and, from the third pass
-on, the position before it counted in that pass: contexts that drafting would not reach teach nothing. The mask and all
-defaults are the released code's (its second stage; the first is ``passes: 1, top_k_weight: 0``), and so is the uniform
-noise on the features that are read, ``noise`` * 512 / length wide.
+features are those of the passes before it (no gradient through them), all earlier ones the target's. A position counts
+in pass n if the text's next token was among the draft's ``align_k`` likeliest there in the pass before and, from the
+third pass on, the position before it counted in that pass: contexts that drafting would not reach teach nothing. The
+mask and all defaults are the released code's (its second stage; the first is ``passes: 1, top_k_weight: 0``), and so is
+the uniform noise on the features that are read, ``noise`` * 512 / length wide.
 
 Other than there: the soft terms are divergences, with the cross-entropies' gradients; every pass is divided by the
 tokens of the step, not by those that its mask leaves, so that splitting a batch changes nothing. The paper's fusion
