@@ -7,6 +7,9 @@
                                  tokens.pt       replay buffer and schedule of the method's token source, of every process
                                  rng.pt          torch's generators, host and devices, of every process
 
+The final ``model/`` has none of the last four; where the method trained something beside the student (an adapter, a
+fusion layer), it is in ``objectives.safetensors``, named ``<tag>.<parameter>``.
+
 A checkpoint is filled under a temporary name, synced and renamed, so that one which is there is complete. The
 learning rate and the data position are functions of the step and need no file.
 """
@@ -21,12 +24,15 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_trainer.errors import fail
 from kd_trainer.files import new_folder
 from kd_trainer.methods.base import TokenSource
+
+OBJECTIVES = "objectives.safetensors"
 
 
 class Progress(NamedTuple):
@@ -39,17 +45,20 @@ class Progress(NamedTuple):
 
 def save(
     folder: Path, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    progress: Progress | None, step: int, identity: dict[str, object],
+    progress: Progress, step: int, identity: dict[str, object], final: bool = False,
 ) -> None:
-    """Write a checkpoint, from the main process; every process must call. Without progress: the weights alone."""
+    """Write a checkpoint, from the main process; every process must call. ``final``: what was trained, and no more."""
     generators = gather_object([_rng_state(accelerator.device)])
-    sources = gather_object([progress.tokens.state()]) if progress is not None else []
+    sources = gather_object([progress.tokens.state()]) if not final else []
     if accelerator.is_main_process:
         with new_folder(folder) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / "run.json").write_text(json.dumps({"step": step, "identity": identity}, indent=1))
-            if progress is not None:
+            trained = dict(progress.objectives.named_parameters())
+            if final and trained:
+                save_file({name: tensor.detach().cpu() for name, tensor in trained.items()}, temporary / OBJECTIVES)
+            if not final:
                 torch.save(progress.optimizer.state_dict(), temporary / "optimizer.pt")
                 torch.save(progress.objectives.state_dict(), temporary / "objectives.pt")
                 torch.save(sources, temporary / "tokens.pt")

@@ -88,6 +88,25 @@ class CausalLM(nn.Module):
         *inner, last = [states.flatten(0, 1)[batch.rows] for states in output.hidden_states[1:]]
         return torch.stack([*map(norms[0], inner), last])
 
+    def states(
+        self, sees: Tensor, position_ids: Tensor, *, input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """``[B, R, H]``: last hidden states where column i of a row attends to the columns that it ``sees``.
+
+        Args:
+            sees: bool ``[B, R, R]``; every column sees itself. :meth:`check_masks` says whether a model obeys it.
+            position_ids: int64 ``[B, R]``.
+            input_ids, inputs_embeds: one of int64 ``[B, R]`` and floats ``[B, R, H]``.
+        """
+        dtype = self.head.weight.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
+        output = self.model.get_decoder()(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=mask[:, None], position_ids=position_ids,
+            use_cache=False,
+        )
+        return output.last_hidden_state
+
     def logits_of(self, hidden: Tensor) -> LinearLogits:
         """What stands for the logits of hidden states ``[..., H]`` that the final norm has been applied to."""
         return LinearLogits(
@@ -135,6 +154,31 @@ class CausalLM(nn.Module):
                 "CausalLM", f"packing of {type(self.model).__name__}", "without effect on what a document's rows see",
                 f"a relative change of {error:.2g}", "set data.packing=false",
             )
+
+    @torch.no_grad()
+    def check_masks(self) -> None:
+        """Raise where a model does not obey the masks that :meth:`states` hands to it."""
+        training = self.model.training
+        self.model.eval()
+        ids = torch.arange(sum(PROBE_LENGTHS)) * 7 % self.vocab
+        documents = [Document(part) for part in ids.split(PROBE_LENGTHS)]
+        batch = collate(documents, len(ids)).to(self.device)
+        masked = self.states(causal(batch.position_ids), batch.position_ids, input_ids=batch.input_ids)
+        alone = torch.cat([self.hidden(collate([document], len(ids)).to(self.device)) for document in documents])
+        self.model.train(training)
+        error = float((masked.flatten(0, 1)[batch.rows] - alone).abs().max() / alone.abs().max())
+        if not error <= (1e-3 if masked.dtype in (torch.float32, torch.float64) else 5e-2):
+            fail(
+                "CausalLM", f"the attention of {type(self.model).__name__}", "by the mask that it is given",
+                f"a relative change of {error:.2g}", "take a model whose layers all attend through a mask",
+            )
+
+
+def causal(position_ids: Tensor) -> Tensor:
+    """bool ``[B, R, R]``: a column sees itself and those before it in its segment; positions ``[B, R]`` are 0 at its
+    start."""
+    segments = (position_ids == 0).cumsum(1)
+    return (segments[:, :, None] == segments[:, None, :]).tril()
 
 
 def head_transform(config: object) -> tuple[float, float | None]:

@@ -146,7 +146,7 @@ def train(config: Config) -> Path:
                 if is_main:
                     checkpoint.keep_last(out / "checkpoints", config.train.keep_checkpoints)
 
-    checkpoint.save(out / "model", accelerator, parts.student.model, tokenizer, None, steps, identity)
+    checkpoint.save(out / "model", accelerator, parts.student.model, tokenizer, going_on, steps, identity, final=True)
     if is_main:
         plot_run(out / "metrics.jsonl", out / "plot.png")
     return out / "model"

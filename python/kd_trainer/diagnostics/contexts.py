@@ -10,6 +10,7 @@ from kd_trainer.data import Document
 from kd_trainer.errors import fail
 from kd_trainer.models import CausalLM
 from kd_trainer.rollout import Options, generate
+from kd_trainer.tokens import prompt_length
 
 
 def prompts_in(where: str, documents: Sequence[Document], prompt_tokens: int | None = None) -> list[torch.Tensor]:
@@ -20,15 +21,12 @@ def prompts_in(where: str, documents: Sequence[Document], prompt_tokens: int | N
     """
     prompts = []
     for document in documents:
-        first = int(document.counted.nonzero()[0]) + 1
-        if first == 1:
-            if prompt_tokens is None:
-                fail(
-                    where, "prompt_tokens", "given for texts without a prompt", None,
-                    "give it, or texts with a prompt and a completion",
-                )
-            first = min(prompt_tokens, len(document) - 1)
-        prompts.append(document.tokens[:first])
+        if prompt_tokens is None and prompt_length(document, None) == 1:
+            fail(
+                where, "prompt_tokens", "given for texts without a prompt", None,
+                "give it, or texts with a prompt and a completion",
+            )
+        prompts.append(document.tokens[: prompt_length(document, prompt_tokens)])
     if not prompts:
         fail(where, "documents", "at least one", "none")
     return prompts

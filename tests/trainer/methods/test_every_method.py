@@ -31,6 +31,7 @@ CASES: dict[str, dict] = {
     "f_distill": {"teachers": 1, "rollout": WRITTEN, "options": {"each": "text"}},
     "first": {"cached": True},
     "gkd": {"teachers": 1, "rollout": WRITTEN, "options": {"each": "text"}},
+    "griffin": {"teachers": 1, "student": {"model": None, "layers": [3]}, "options": {"align_k": 40}},
     "idk": {"options": {"token": "<end>"}},
     "imitkd": {"teachers": 1, "rollout": WRITTEN},
     "kd": {"teachers": 1, "objective": {"divergence": "jsd(beta=0.3)"}},
