@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "codec/codec.h"
 #include "cpu/row_loss.h"
 #include "cpu/sampling.h"
 #include "cpu/token_stats.h"
@@ -163,6 +164,71 @@ std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::ve
   return {words.w, words.w + 4};
 }
 
+kd::RowLayout row_layout(uint32_t vocab, uint32_t k, double step, uint32_t temperatures, bool tail, int weights) {
+  return {vocab, k, step, temperatures, tail, static_cast<kd::Weights>(weights)};
+}
+
+kd::Span span(const py::buffer_info& buffer) {
+  return {static_cast<const uint8_t*>(buffer.ptr), static_cast<size_t>(buffer.size * buffer.itemsize)};
+}
+
+py::bytes bytes(const std::vector<uint8_t>& data) { return {reinterpret_cast<const char*>(data.data()), data.size()}; }
+
+// None, or (what, expected, found).
+py::object complaint(const kd::Complaint& wrong) {
+  if (!wrong) return py::none();
+  return py::make_tuple(wrong.what, wrong.expected, wrong.found);
+}
+
+// rows, offsets, ids, logprobs, tail or 0, log_z, next, weights or 0, counts or 0
+using RowsTuple = std::tuple<int64_t, Address, Address, Address, Address, Address, Address, Address, Address>;
+
+kd::RowsIn rows_in(const RowsTuple& t) {
+  return {std::get<0>(t), pointer<const int64_t>(std::get<1>(t)), pointer<const int64_t>(std::get<2>(t)),
+          pointer<const float>(std::get<3>(t)), pointer<const float>(std::get<4>(t)), pointer<const float>(std::get<5>(t)),
+          pointer<const float>(std::get<6>(t)), pointer<const float>(std::get<7>(t)), pointer<const int32_t>(std::get<8>(t))};
+}
+
+kd::RowsOut rows_out(const RowsTuple& t, int64_t entries) {
+  return {std::get<0>(t), entries, pointer<int64_t>(std::get<1>(t)), pointer<int64_t>(std::get<2>(t)),
+          pointer<float>(std::get<3>(t)), pointer<float>(std::get<4>(t)), pointer<float>(std::get<5>(t)),
+          pointer<float>(std::get<6>(t)), pointer<float>(std::get<7>(t)), pointer<int32_t>(std::get<8>(t))};
+}
+
+py::bytes learn_model(const kd::RowLayout& layout, const std::vector<RowsTuple>& rows, Address id_counts) {
+  std::vector<kd::RowsIn> parts;
+  for (const RowsTuple& part : rows) parts.push_back(rows_in(part));
+  std::vector<uint8_t> payload;
+  {
+    py::gil_scoped_release released;
+    payload = kd::learn_model(layout, parts, pointer<const int32_t>(id_counts));
+  }
+  return bytes(payload);
+}
+
+py::object read_model(kd::RowModel& model, const kd::RowLayout& layout, const py::buffer& payload, bool for_writing) {
+  return complaint(model.read(layout, span(payload.request()), for_writing));
+}
+
+py::bytes encode_rows(const kd::RowModel& model, const RowsTuple& rows) {
+  std::vector<uint8_t> payload;
+  {
+    py::gil_scoped_release released;
+    payload = model.encode(rows_in(rows));
+  }
+  return bytes(payload);
+}
+
+py::object decode_rows(const kd::RowModel& model, const py::buffer& payload, int64_t entries, const RowsTuple& rows) {
+  const py::buffer_info buffer = payload.request();
+  kd::Complaint wrong;
+  {
+    py::gil_scoped_release released;
+    wrong = model.decode(span(buffer), rows_out(rows, entries));
+  }
+  return complaint(wrong);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -192,5 +258,14 @@ PYBIND11_MODULE(_C, m) {
   define_token_stats<double>(m, "token_stats_fp64");
   define_sample<float>(m, "sample_fp32");
   define_sample<double>(m, "sample_fp64");
+  py::class_<kd::RowLayout>(m, "RowLayout")
+      .def(py::init(&row_layout), py::kw_only(), py::arg("vocab"), py::arg("k"), py::arg("step"), py::arg("temperatures"),
+           py::arg("tail"), py::arg("weights"));
+  py::class_<kd::RowModel>(m, "RowModel")
+      .def(py::init<>())
+      .def("read", &read_model)
+      .def("encode", &encode_rows)
+      .def("decode", &decode_rows);
+  m.def("learn_model", &learn_model);
   m.def("philox", &philox, "Four words of a counter and a key: for the known answers.");
 }

@@ -1,28 +1,19 @@
-"""Rows to bytes and back. FORMAT.md, section 4, is the normative text.
-
-A block is a series of streams, and a stream is cut into byte planes (all low bytes, then all second bytes, and so on),
-because bytes of the same significance resemble each other. Deflate codes every plane with a Huffman table of its own.
-"""
+"""Rows to bytes and back, in C++ (``csrc/codec``). FORMAT.md, section 4, is the normative text."""
 
 from __future__ import annotations
 
-import math
-import zlib
+import functools
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
+from kd_kernels._backend import extension
 from kd_kernels.cache.manifest import CacheManifest
 from kd_kernels.cache.rows import CachedRows
 from kd_kernels.logits import SparseTargets
 
-__all__ = ["decode_rows", "encode_rows", "to_bytes"]
-
-FRACTIONS = 256
-"""The first entry of a row is stored to step_nats / 256, and the others relative to it."""
-
-ESCAPE = 255
-"""A gap that stands for: at least 255, the value is in the next stream."""
+__all__ = ["RowModel", "learn_model", "row_model", "to_bytes"]
 
 
 def to_bytes(values: Tensor) -> bytearray:
@@ -33,134 +24,106 @@ def to_bytes(values: Tensor) -> bytearray:
     return data
 
 
-def encode_rows(rows: CachedRows, manifest: CacheManifest) -> tuple[bytes, int]:
-    """The payload of a block, and how many bytes it has when inflated."""
-    targets = rows.targets
-    counts = targets.offsets.diff()
-    cached = counts > 0
-    planes = _planes(counts.int(), 2)
-    if manifest.tail:
-        planes += _planes(targets.tail_logprob[cached])
-    for temperature in manifest.stored_temperatures:
-        planes += _planes(targets.log_z[cached, manifest.temperatures.index(temperature)])
-    planes += _planes(rows.next_logprobs[cached])
-    planes += _planes(targets.ids.int(), manifest.id_bytes)
-    if manifest.step_nats:
-        fractions, gaps = _quantise(targets.logprobs, counts[cached], manifest.step_nats)
-        planes += _planes(fractions.int(), 1) + _planes(gaps.clamp_max(ESCAPE).int(), 1)
-        planes += _planes(gaps[gaps >= ESCAPE].int())
-    else:
-        planes += _planes(targets.logprobs)
-    if manifest.importance:
-        planes += _planes(targets.importance)
-    return _deflate(planes)
+class RowModel:
+    """How likely gaps, ids and the rest are, as a shard's model block says: what rows are coded with.
 
+    Threads can share one object.
 
-def decode_rows(payload: bytes | memoryview, inflated_bytes: int, count: int, manifest: CacheManifest) -> CachedRows:
-    """The ``count`` rows of a payload.
+    Args:
+        payload: of a model block.
+        manifest: of the cache that it is from.
+        for_writing: :meth:`encode` will be called.
 
     Raises:
-        ValueError: the payload is not what :func:`encode_rows` makes for this manifest.
+        ValueError: the payload is no model of such a cache.
+        RuntimeError: the extension was not built.
+
+    Cost: 5 KiB a context (about 200 KiB), and 4 bytes an id of the vocabulary (8 for writing) if the model ranks ids.
     """
-    most = count * (2 + 4 * (3 + len(manifest.temperatures)) + manifest.k * (manifest.id_bytes + 9))
-    if not 2 * count <= inflated_bytes <= most:
-        raise ValueError(f"inflated bytes: expected {2 * count}..{most}, found {inflated_bytes}")
-    streams = _Streams(_inflate(payload, inflated_bytes))
-    counts = streams.take(count, torch.int32, 2).long()
-    if int(counts.max()) > manifest.k:
-        raise ValueError(f"entries of a row: expected at most k={manifest.k}, found {int(counts.max())}")
-    cached = counts > 0
-    spread = lambda values, fill: torch.full((count,), fill).masked_scatter_(cached, values)  # noqa: E731
-    floats = int(cached.sum())
-    entries = int(counts.sum())
-    tail = spread(streams.take(floats, torch.float32), 0.0) if manifest.tail else None
-    log_z = {t: spread(streams.take(floats, torch.float32), math.nan) for t in manifest.stored_temperatures}
-    next_logprobs = spread(streams.take(floats, torch.float32), math.nan)
-    ids = streams.take(entries, torch.int32, manifest.id_bytes).long()
-    if manifest.step_nats:
-        fractions, gaps = streams.take(floats, torch.int32, 1), streams.take(entries, torch.int32, 1).long()
-        escaped = gaps == ESCAPE
-        gaps[escaped] = streams.take(int(escaped.sum()), torch.int32).long()
-        logprobs = _dequantise(fractions, gaps, counts[cached], manifest.step_nats)
-    else:
-        logprobs = streams.take(entries, torch.float32)
-    importance = streams.take(entries, torch.float32) if manifest.importance else None
-    streams.end()
-    if entries and int(ids.max()) >= manifest.vocab:
-        raise ValueError(f"ids: expected 0..{manifest.vocab - 1}, found {int(ids.max())}")
-    columns = [log_z.get(t, torch.zeros(count)) for t in manifest.temperatures]
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    targets = SparseTargets(
-        offsets, ids, logprobs, tail, importance, manifest.temperatures, torch.stack(columns, dim=1)
+
+    def __init__(self, payload: bytes | memoryview, manifest: CacheManifest, for_writing: bool = False) -> None:
+        self._manifest = manifest
+        self._native = extension().RowModel()
+        _raise(self._native.read(_layout(manifest), payload, for_writing))
+
+    def encode(self, rows: CachedRows) -> bytes:
+        """The payload of a block of these rows, which are as :func:`canonical_rows` gives them."""
+        arguments, _ = _addresses(rows.targets, rows.next_logprobs, self._manifest)
+        return self._native.encode(arguments)
+
+    def decode(self, payload: bytes | memoryview, rows: int, entries: int) -> CachedRows:
+        """The rows of a block's payload. Nothing larger is allocated than ``rows`` and ``entries`` take.
+
+        Raises:
+            ValueError: the payload is not what :meth:`encode` makes of so many rows and entries.
+        """
+        manifest = self._manifest
+        if not 0 <= entries <= rows * manifest.k:
+            raise ValueError(f"entries of a block: expected 0..{rows * manifest.k}, found {entries}")
+        offsets, ids = torch.empty(rows + 1, dtype=torch.int64), torch.empty(entries, dtype=torch.int64)
+        logprobs, following = torch.empty(entries), torch.empty(rows)
+        tail = torch.empty(rows) if manifest.tail else None
+        weights = torch.empty(entries) if manifest.importance else None
+        stored = torch.empty(len(manifest.stored_temperatures), rows)
+        _raise(self._native.decode(payload, entries, _tuple(rows, offsets, ids, logprobs, tail, stored, following, weights)))
+        targets = SparseTargets(offsets, ids, logprobs, tail, weights, manifest.temperatures, _log_z(stored, manifest))
+        return CachedRows(targets, following)
+
+
+@functools.lru_cache(maxsize=32)
+def row_model(payload: bytes, manifest: CacheManifest) -> RowModel:
+    """The model for reading. The shards of one writer mostly have the same, which is then held once."""
+    return RowModel(payload, manifest)
+
+
+def learn_model(rows: Sequence[CachedRows], id_counts: Tensor | None, manifest: CacheManifest) -> bytes:
+    """The payload of a model for rows like these.
+
+    Args:
+        rows: as :func:`canonical_rows` gives them.
+        id_counts: int32 ``[V]``: how often each id was kept so far. None: ids are coded as they are, which costs a tenth
+            more, and the model takes a few hundred bytes instead of about 0.3 an id.
+    """
+    pairs = [_addresses(part.targets, part.next_logprobs, manifest) for part in rows]
+    counts = 0 if id_counts is None else id_counts.data_ptr()
+    return extension().learn_model(_layout(manifest), [arguments for arguments, _ in pairs], counts)
+
+
+def _layout(manifest: CacheManifest) -> Any:
+    return extension().RowLayout(
+        vocab=manifest.vocab, k=manifest.k, step=manifest.step_nats, temperatures=len(manifest.stored_temperatures),
+        tail=manifest.tail, weights=int(manifest.importance),
     )
-    return CachedRows(targets, next_logprobs)
 
 
-def _quantise(logprobs: Tensor, counts: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """``logprob = -step * (level + fraction / 256)``, the fraction that of the row's first entry; levels as gaps."""
-    first = counts.cumsum(0) - counts
-    scaled = logprobs.double() / -step
-    fractions = (scaled[first] * FRACTIONS).round().clamp_min(0).long() % FRACTIONS
-    levels = (scaled - torch.repeat_interleave(fractions.double() / FRACTIONS, counts)).round().clamp_min(0).long()
-    gaps = levels.diff(prepend=levels.new_zeros(1))
-    gaps[first] = levels[first]
-    return fractions, gaps
+def _addresses(
+    targets: SparseTargets, next_logprobs: Tensor, manifest: CacheManifest
+) -> tuple[tuple[int, ...], list[Tensor | None]]:
+    """What the extension takes for rows, and the tensors that must live as long."""
+    columns = [manifest.temperatures.index(t) for t in manifest.stored_temperatures]
+    log_z = targets.log_z[:, columns].t().contiguous() if columns else None
+    tensors = [
+        None if x is None else x.contiguous()
+        for x in (
+            targets.offsets, targets.ids, targets.logprobs, targets.tail_logprob, log_z, next_logprobs, targets.importance
+        )
+    ]
+    return _tuple(next_logprobs.shape[0], *tensors), tensors
 
 
-def _dequantise(fractions: Tensor, gaps: Tensor, counts: Tensor, step: float) -> Tensor:
-    first = counts.cumsum(0) - counts
-    total = gaps.cumsum(0)
-    before_row = total[first] - gaps[first]
-    levels = total - torch.repeat_interleave(before_row, counts)
-    units = levels * FRACTIONS + torch.repeat_interleave(fractions.long(), counts)
-    return (-units).double().mul_(step / FRACTIONS).float()
+def _tuple(rows: int, *tensors: Tensor | None) -> tuple[int, ...]:
+    return rows, *(0 if x is None else x.data_ptr() for x in tensors), 0
 
 
-def _planes(values: Tensor, size: int = 4) -> list[Tensor]:
-    """The ``size`` lowest bytes of 32-bit values, each as a plane."""
-    return list(values.contiguous().view(torch.uint8).reshape(-1, 4)[:, :size].t())
+def _log_z(stored: Tensor, manifest: CacheManifest) -> Tensor:
+    """``[rows, temperatures]``, of which T = 1 is not stored."""
+    if not stored.shape[0]:
+        return torch.zeros(stored.shape[1], 1)
+    columns = iter(stored)
+    return torch.stack([torch.zeros(stored.shape[1]) if t == 1.0 else next(columns) for t in manifest.temperatures], dim=1)
 
 
-def _deflate(planes: list[Tensor]) -> tuple[bytes, int]:
-    # Run lengths and Huffman codes, without the search for repeated strings, which costs two thirds of the time and
-    # makes these bytes larger. The flush starts a new Huffman table. Any deflate stream will do for a reader.
-    deflate = zlib.compressobj(strategy=zlib.Z_RLE)
-    parts = []
-    for plane in planes:
-        parts += deflate.compress(to_bytes(plane)), deflate.flush(zlib.Z_PARTIAL_FLUSH)
-    return b"".join((*parts, deflate.flush())), sum(plane.numel() for plane in planes)
-
-
-def _inflate(payload: bytes | memoryview, inflated_bytes: int) -> bytearray:
-    inflate = zlib.decompressobj()
-    try:
-        data = bytearray(inflate.decompress(payload, inflated_bytes + 1))
-    except zlib.error as error:
-        raise ValueError(f"payload: expected a zlib stream, found {error}") from error
-    if len(data) != inflated_bytes or not inflate.eof or inflate.unused_data:
-        end = "reached" if inflate.eof else "not reached"
-        found = f"{len(data)}, end {end}, {len(inflate.unused_data)} bytes after it"
-        raise ValueError(f"inflated bytes: expected {inflated_bytes}, found {found}")
-    return data
-
-
-class _Streams:
-    """Takes streams off the front of an inflated payload."""
-
-    def __init__(self, data: bytearray) -> None:
-        self._data = torch.frombuffer(data, dtype=torch.uint8)
-        self._at = 0
-
-    def take(self, count: int, dtype: torch.dtype, size: int = 4) -> Tensor:
-        """``count`` 32-bit values, of which the ``size`` lowest bytes are stored."""
-        stop = self._at + count * size
-        if stop > self._data.shape[0]:
-            raise ValueError(f"streams: expected at least {stop} bytes, found {self._data.shape[0]}")
-        values = torch.zeros(count, 4, dtype=torch.uint8)
-        values[:, :size] = self._data[self._at : stop].view(size, count).t()
-        self._at = stop
-        return values.view(dtype).reshape(count)
-
-    def end(self) -> None:
-        if self._at != self._data.shape[0]:
-            raise ValueError(f"streams: expected {self._at} bytes, found {self._data.shape[0]}")
+def _raise(wrong: tuple[str, int, int] | None) -> None:
+    if wrong is not None:
+        what, expected, found = wrong
+        raise ValueError(f"{what}: expected {expected}, found {found}")

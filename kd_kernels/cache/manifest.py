@@ -18,7 +18,7 @@ from kd_kernels.cache.storage import sync_folder, system_errors
 
 __all__ = ["VERSION", "CacheManifest", "check_same", "create_manifest", "read_manifest"]
 
-VERSION = 1
+VERSION = 2
 MAX_KEPT = (1 << 16) - 1
 MAX_VOCAB = 1 << 24
 _NAME = "manifest.jsonl"
@@ -103,11 +103,6 @@ class CacheManifest:
             _check.fail_type(where, "meta", "a dict of strings", repr(self.meta))
 
     @property
-    def id_bytes(self) -> int:
-        """Bytes that an id takes before compression: 1, 2 or 3."""
-        return max(1, -(-(self.vocab - 1).bit_length() // 8))
-
-    @property
     def stored_temperatures(self) -> tuple[float, ...]:
         """The temperatures whose log Z takes space: all but 1, where it is 0."""
         return tuple(t for t in self.temperatures if t != 1.0)
@@ -159,7 +154,8 @@ def read_manifest(folder: SourceFolder, **expected: str | None) -> tuple[CacheMa
     (_, body, identity), (_, _, meta) = lines
     version = identity.pop("version", None)
     if version != VERSION:
-        raise CacheError.mismatch(path, 0, "format version", VERSION, version)
+        remedy = "build the cache again, or read it with the release that wrote it"
+        raise CacheError.mismatch(path, 0, "format version", VERSION, version, remedy)
     if set(identity) != set(_IDENTITY):
         raise CacheError.mismatch(path, 0, "fields of the manifest", sorted(_IDENTITY), sorted(identity))
     try:

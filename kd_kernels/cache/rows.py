@@ -25,6 +25,9 @@ NEXT_TOLERANCE_NATS = 0.1
 MIN_LEVEL = -(2.0**30)
 """Log-probabilities below this many steps do not fit the format."""
 
+MAX_LOG_Z_STEPS = 2.0**26
+"""Nor do log Z above this many steps, or below as many."""
+
 
 @dataclass(frozen=True, eq=False)
 class CachedRows:
@@ -95,13 +98,13 @@ def canonical_rows(
     row = targets.row_of_entry()
     targets = _sorted(targets, row)
     _check_entries(where, targets, row, manifest)
-    _check_rows(where, targets, row)
+    _check_rows(where, targets, row, manifest)
 
     def spread(values: Tensor, fill: float) -> Tensor:
         return torch.full((rows, *values.shape[1:]), fill).index_copy_(0, stored, values)
 
     counts = torch.zeros(rows, dtype=torch.int64).index_copy_(0, stored, targets.offsets.diff())
-    following = _next_logprobs(where, tokens.cpu()[1:][stored], targets, row, next_logprobs)
+    following = _next_logprobs(where, tokens.cpu()[1:][stored], targets, row, next_logprobs, manifest)
     targets = dataclasses.replace(
         targets, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
         tail_logprob=None if targets.tail_logprob is None else spread(targets.tail_logprob, 0.0),
@@ -165,7 +168,7 @@ def _check_entries(where: str, targets: SparseTargets, row: Tensor, manifest: Ca
         _all(where, "targets.importance", "finite and not negative", good, targets.importance, row)
 
 
-def _check_rows(where: str, targets: SparseTargets, row: Tensor) -> None:
+def _check_rows(where: str, targets: SparseTargets, row: Tensor, manifest: CacheManifest) -> None:
     """Masses and normalisers. What a row without entries says about them is not stored, and not looked at."""
     empty = targets.offsets.diff() == 0
     mass = torch.zeros(empty.shape[0], dtype=torch.float64).index_add_(0, row, targets.logprobs.double().exp())
@@ -179,6 +182,9 @@ def _check_rows(where: str, targets: SparseTargets, row: Tensor) -> None:
         for temperature, log_z in zip(targets.temperatures, targets.log_z.unbind(1)):
             if temperature == 1.0:
                 good, rule = log_z.abs() <= MASS_TOLERANCE, "0 at T = 1 (log-probabilities normalised over all of V)"
+            elif manifest.step_nats:
+                most = MAX_LOG_Z_STEPS * manifest.step_nats
+                good, rule = log_z.abs() <= most, f"finite at T = {temperature} and in -{most}..{most} nats"
             else:
                 good, rule = log_z.isfinite(), f"finite at T = {temperature}"
             _all(where, "targets.log_z", rule, empty | good, log_z)
@@ -198,9 +204,9 @@ def _sorted(targets: SparseTargets, row: Tensor) -> SparseTargets:
 
 
 def _next_logprobs(
-    where: str, next_tokens: Tensor, targets: SparseTargets, row: Tensor, given: Tensor | None
+    where: str, next_tokens: Tensor, targets: SparseTargets, row: Tensor, given: Tensor | None, manifest: CacheManifest
 ) -> Tensor:
-    """fp32, one a row: what the caller gave; where that is nothing or NaN, the next token's entry if there is one."""
+    """fp32, one a row: the next token's entry if there is one (so that it is stored once), else what the caller gave."""
     is_next = targets.ids == next_tokens[row]
     kept = torch.full(next_tokens.shape, math.nan).index_copy_(0, row[is_next], targets.logprobs[is_next])
     if given is None:
@@ -211,12 +217,16 @@ def _next_logprobs(
         _check.fail(where, "next_logprobs", rule, list(given.shape))
     given = given.detach().to("cpu", torch.float32)
     _all(where, "next_logprobs", "at most 0, or NaN where not known", ~(given > MASS_TOLERANCE), given)
+    if manifest.step_nats:
+        least = MIN_LEVEL * manifest.step_nats
+        good = ~(given < least) | given.isinf()
+        _all(where, "next_logprobs", f"-inf or at least {least} nats", good, given, remedy="step_nats=0 stores any")
     agree = given.isnan() | kept.isnan() | ((given - kept).abs() <= NEXT_TOLERANCE_NATS)
     _all(
         where, "next_logprobs", "what targets has for the same tokens", agree, given,
         remedy="row i predicts tokens[i + 1]: is one of them shifted?",
     )
-    return torch.where(given.isnan(), kept, given)
+    return torch.where(kept.isnan(), given, kept)
 
 
 def _all(

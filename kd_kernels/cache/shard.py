@@ -9,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
-from kd_kernels.cache.codec import decode_rows
+from kd_kernels.cache.codec import RowModel, row_model
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.format import (
-    BLOCK_HEAD_BYTES, HEADER_BYTES, TRAILER_BYTES, Block, IndexEntry, Piece, ShardHeader, block_size, decode_block,
-    decode_index, decode_trailer, encode_block, encode_index, unpack_entries,
+    BLOCK_HEAD_BYTES, HEADER_BYTES, MODEL_HEAD_BYTES, TRAILER_BYTES, Block, IndexEntry, Piece, ShardHeader, block_size,
+    decode_block, decode_index, decode_model, decode_trailer, encode_block, encode_index, encode_model, is_model, model_size,
+    unpack_entries,
 )
 from kd_kernels.cache.manifest import CacheManifest
 from kd_kernels.cache.rows import CachedRows
@@ -41,6 +42,7 @@ class Shard:
         self._file = LocalFile(file) if isinstance(file, Path) else file
         self.path, self.size = self._file.path, self._file.size
         self._header, self._seed = header, header.crc
+        self._models: dict[int, RowModel] = {}
         header.check(self.path, self._file.read(0, min(HEADER_BYTES, self.size)))
 
     def index(self) -> tuple[bytes, int, int]:
@@ -110,6 +112,9 @@ class Shard:
         whole: list[IndexEntry] = []
         while offset < stop:
             head = self._file.read(offset, min(BLOCK_HEAD_BYTES, stop - offset))
+            if done == 0 and is_model(head):
+                offset += self._check_model(offset, stop, manifest)
+                continue
             size = min(block_size(self.path, offset, head), stop - offset)
             block = decode_block(self.path, self._seed, offset, memoryview(self._file.read(offset, size)))
             if manifest is not None:
@@ -136,9 +141,31 @@ class Shard:
             what = f"rows of sequence {open_piece.key.hex()}"
             raise CacheError.mismatch(self.path, offset, what, open_piece.sequence_rows, done)
 
+    def _check_model(self, offset: int, stop: int, manifest: CacheManifest | None) -> int:
+        """The size of the model there, after checking it."""
+        payload = self._model_payload(offset, stop)
+        if manifest is not None:
+            self._model(offset, manifest)
+        return MODEL_HEAD_BYTES + len(payload)
+
+    def _model_payload(self, offset: int, stop: int) -> bytes:
+        head = self._file.read(offset, min(MODEL_HEAD_BYTES, stop - offset))
+        size = min(model_size(self.path, offset, head), stop - offset)
+        return decode_model(self.path, self._seed, offset, memoryview(self._file.read(offset, size)))
+
+    def _model(self, offset: int, manifest: CacheManifest) -> RowModel:
+        if offset not in self._models:
+            payload = self._model_payload(offset, self.size)
+            try:
+                self._models[offset] = row_model(payload, manifest)
+            except ValueError as error:
+                raise CacheError(f"{self.path}, offset {offset}: {error}", self.path, offset) from error
+        return self._models[offset]
+
     def _decode(self, block: Block, manifest: CacheManifest) -> CachedRows:
+        model = self._model(block.model, manifest)
         try:
-            rows = decode_rows(block.payload, block.inflated_bytes, block.rows, manifest)
+            rows = model.decode(block.payload, block.rows, block.entries)
         except ValueError as error:
             raise CacheError(f"{self.path}, offset {block.offset}: {error}", self.path, block.offset) from error
         found, expected = int(rows.positions.sum()), sum(piece.cached_rows for piece in block.pieces)
@@ -157,6 +184,7 @@ class ShardBuilder:
         self.header, self.path = header, path
         self.rows = sum(entry.rows for entry in entries)
         self._entries, self._end = entries, end
+        self._model = 0
         with system_errors(path, "opening the shard for writing"):
             self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  closed by seal, or with the object
 
@@ -184,12 +212,19 @@ class ShardBuilder:
                 _log.warning("%s: %d bytes after the last whole sequence are dropped (%s)", path, size - end, torn)
         return cls(path, header, entries, end)
 
+    def append_model(self, payload: bytes) -> None:
+        """Writes the model that the blocks after it are coded with."""
+        data = encode_model(self.header.crc, self._end, payload)
+        with system_errors(self.path, "writing a model", self._end, _MAKE_ROOM):
+            write_at(self._file.fileno(), data, self._end)
+        self._model, self._end = self._end, self._end + len(data)
+
     def append(self, blocks: Sequence[tuple[Sequence[Piece], bytes, int]]) -> None:
-        """Writes blocks, given as (pieces, payload, its bytes when inflated), that together hold whole sequences."""
+        """Writes blocks, given as (pieces, payload, its entries), that together hold whole sequences."""
         data = bytearray()
         cached: Counter[tuple[bytes, int]] = Counter()
-        for pieces, payload, inflated_bytes in blocks:
-            data += encode_block(self.header.crc, self._end + len(data), pieces, payload, inflated_bytes)
+        for pieces, payload, entries in blocks:
+            data += encode_block(self.header.crc, self._end + len(data), self._model, pieces, payload, entries)
             for piece in pieces:
                 cached[piece.key, piece.sequence_rows] += piece.cached_rows
         with system_errors(self.path, "writing a block", self._end, _MAKE_ROOM):

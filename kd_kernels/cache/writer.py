@@ -11,10 +11,10 @@ from typing import Iterator, Sequence
 from torch import Tensor
 
 from kd_kernels import _check
-from kd_kernels.cache.codec import encode_rows
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.format import MAX_BLOCK_ROWS, Piece, ShardHeader, check_writer_name
 from kd_kernels.cache.key import content_key
+from kd_kernels.cache.learner import ModelLearner
 from kd_kernels.cache.lock import WriterLock
 from kd_kernels.cache.manifest import CacheManifest, create_manifest
 from kd_kernels.cache.reader import CacheReader
@@ -77,6 +77,7 @@ class CacheWriter:
         self._waiting: list[tuple[bytes, CachedRows]] = []
         self._added: set[bytes] = set()
         self._builder: ShardBuilder | None = None
+        self._learner = ModelLearner(manifest)
         self._lock: WriterLock | None = WriterLock(self.folder, writer)
         try:
             self._digest = create_manifest(self.folder, manifest, f"{writer}.manifest{TEMPORARY}")
@@ -168,20 +169,25 @@ class CacheWriter:
         if not self._waiting:
             return
         rows = CachedRows.cat([rows for _, rows in self._waiting])
-        blocks = []
+        parts = []
         for start in range(0, len(rows), self._rows_per_block):
             part = rows.slice(start, start + self._rows_per_block)
             if len(self._waiting) == 1:
                 pieces = [_piece(self._waiting[0][0], len(rows), start, part)]
             else:
                 pieces = [_piece(key, len(whole), 0, whole) for key, whole in self._waiting]
-            blocks.append((pieces, *encode_rows(part, self.manifest)))
+            parts.append((pieces, part))
+        is_new = self._learner.see(rows)
         with self._closed_on_error():
             if self._builder is None:
                 header = ShardHeader(self._writer, self._next_number, self._digest)
                 self._builder = ShardBuilder.create(self.folder, header)
                 self._next_number += 1
-            self._builder.append(blocks)
+                is_new = True
+            if is_new:
+                self._builder.append_model(self._learner.payload)
+            encode = self._learner.model.encode
+            self._builder.append([(pieces, encode(part), part.targets.ids.shape[0]) for pieces, part in parts])
         self._waiting = []
         if self._builder.rows >= self._rows_per_shard:
             self._seal()

@@ -134,7 +134,7 @@ def test_a_damaged_shard_is_not_journalled(tmp_path, examples):
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(CacheError, match="w0-000000.kdc, offset 64: CRC-32 of a block"):
+    with pytest.raises(CacheError, match="w0-000000.kdc, offset 64: CRC-32 of a model"):
         CacheWriter(tmp_path, CACHE)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -12,8 +14,8 @@ import pytest
 from cache_builders import Example, assert_holds, assert_rows, example, manifest, write
 
 from kd_kernels.cache import CacheError, CacheReader, CacheWriter, content_key
-from kd_kernels.cache.codec import encode_rows
-from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index
+from kd_kernels.cache.codec import RowModel, learn_model
+from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index, encode_model
 from kd_kernels.cache.index import MergedIndex
 from kd_kernels.cache.journal import encode_line
 from kd_kernels.cache.rows import canonical_rows
@@ -192,9 +194,9 @@ def test_a_line_that_was_appended_twice(folder, examples):
 def test_a_later_version_is_refused(folder):
     path = folder / "manifest.jsonl"
     identity, meta = path.read_bytes().splitlines(keepends=True)
-    body = identity[len('{"crc32":"01234567","record":') : -2].replace(b'"version":1', b'"version":2')
+    body = identity[len('{"crc32":"01234567","record":') : -2].replace(b'"version":2', b'"version":3')
     path.write_bytes(b'{"crc32":"%08x","record":%s}\n' % (zlib.crc32(body), body) + meta)
-    with pytest.raises(CacheError, match="format version: expected 1, found 2"):
+    with pytest.raises(CacheError, match="format version: expected 2, found 3; build the cache again"):
         CacheReader(folder)
 
 
@@ -205,23 +207,28 @@ class Forged:
         self.header = ShardHeader("w0", 0, bytes(16))
         self.path, self.key = folder / self.header.name, content_key(item.tokens, CACHE)
         self.rows = canonical_rows("", item.tokens, item.targets, item.next_logprobs, None, CACHE)
+        self.model = RowModel(learn_model([self.rows], None, CACHE), CACHE, for_writing=True)
         self.data = self.header.encode()
+        self.data += encode_model(self.header.crc, len(self.data), learn_model([self.rows], None, CACHE))
+        self.begin = len(self.data)
 
     def block(
-        self, start: int, stop: int, payload: bytes | None = None, inflated: int | None = None, **piece: object
+        self, start: int, stop: int, payload: bytes | None = None, entries: int | None = None, model: int = 64,
+        **piece: object,
     ) -> None:
         part = self.rows.slice(start, stop)
         right = dict(
             key=self.key, sequence_rows=len(self.rows), first_row=start, rows=len(part),
             cached_rows=int(part.positions.sum()),
         )
-        own_payload, own_inflated = encode_rows(part, CACHE)
         self.data += encode_block(
-            self.header.crc, len(self.data), [Piece(**right | piece)], payload or own_payload, inflated or own_inflated
+            self.header.crc, len(self.data), model, [Piece(**right | piece)], payload or self.model.encode(part),
+            part.targets.ids.shape[0] if entries is None else entries,
         )
 
     def read(self) -> None:
-        entry = IndexEntry(self.key, 64, len(self.data) - 64, len(self.rows), int(self.rows.positions.sum()))
+        size = len(self.data) - self.begin
+        entry = IndexEntry(self.key, self.begin, size, len(self.rows), int(self.rows.positions.sum()))
         self.path.write_bytes(self.data + encode_index(self.header.crc, len(self.data), [entry]))
         shard = Shard(self.path, self.header)
         try:
@@ -260,8 +267,9 @@ def test_block_that_was_moved(forged):
     forged.block(0, 5)
     at = len(forged.data)
     forged.block(5, 8)
+    payload = forged.model.encode(forged.rows.slice(5, 8))
     forged.data = forged.data[:at] + encode_block(
-        forged.header.crc, at + 8, [Piece(forged.key, 8, 5, 3, 3)], *encode_rows(forged.rows.slice(5, 8), CACHE)
+        forged.header.crc, at + 8, 64, [Piece(forged.key, 8, 5, 3, 3)], payload, 9
     )
     with pytest.raises(CacheError, match=f"own offset of a block: expected {at}, found {at + 8}"):
         forged.read()
@@ -279,63 +287,83 @@ def test_rows_that_the_piece_counts_otherwise(forged):
         forged.read()
 
 
-def _changed(forged: Forged, at: int, value: int) -> bytes:
-    """The payload of all rows with one byte of its inflated form changed."""
-    payload, _ = encode_rows(forged.rows, CACHE)
-    data = bytearray(zlib.decompress(payload))
-    data[at] = value
-    return zlib.compress(data)
-
-
-def test_payload_that_is_no_zlib_stream(forged):
-    forged.block(0, 8, payload=b"not zlib at all")
-    with pytest.raises(CacheError, match="offset 64: payload: expected a zlib stream"):
+def test_payload_that_is_too_short(forged):
+    forged.block(0, 8, payload=b"too short")
+    with pytest.raises(CacheError, match=f"offset {forged.begin}: bytes of a payload: expected 20, found 9"):
         forged.read()
 
 
-@pytest.mark.parametrize("add", [-1, 1])
-def test_payload_of_another_length_than_it_says(forged, add):
-    forged.block(0, 8, inflated=encode_rows(forged.rows, CACHE)[1] + add)
-    with pytest.raises(CacheError, match="offset 64: inflated bytes: expected"):
+@pytest.mark.parametrize("entries", [23, 25])
+def test_another_number_of_entries_than_the_block_says(forged, entries):
+    forged.block(0, 8, entries=entries)
+    with pytest.raises(CacheError, match=f"offset {forged.begin}: entries of a block: expected"):
+        forged.read()
+
+
+def test_entries_that_would_fill_the_memory(forged):
+    forged.block(0, 8, entries=(1 << 32) - 1)
+    with pytest.raises(CacheError, match=f"entries of a block: expected 0..24, found {(1 << 32) - 1}"):
         forged.read()
 
 
 def test_payload_that_goes_on_after_its_end(forged):
-    forged.block(0, 8, payload=encode_rows(forged.rows, CACHE)[0] + b"x")
-    with pytest.raises(CacheError, match="end reached, 1 bytes after it"):
+    forged.block(0, 8, payload=forged.model.encode(forged.rows) + b"x")
+    with pytest.raises(CacheError, match="end of a payload"):
         forged.read()
 
 
-def test_payload_that_would_fill_the_memory(forged):
-    forged.block(0, 8, payload=zlib.compress(bytes(1 << 20)), inflated=1 << 20)
-    with pytest.raises(CacheError, match=f"inflated bytes: expected 16..[0-9]+, found {1 << 20}"):
+def test_more_rows_than_the_payload_has(forged):
+    forged.block(0, 8, payload=forged.model.encode(forged.rows.slice(0, 5)))
+    with pytest.raises(CacheError, match=f"offset {forged.begin}: "):
         forged.read()
 
 
-def test_counts_that_do_not_fit_the_streams(forged):
-    forged.block(0, 8, payload=_changed(forged, 0, 2))
-    with pytest.raises(CacheError, match="streams: expected [0-9]+ bytes, found"):
-        forged.read()
+def _of_another_cache(forged: Forged, item: Example, **fields: object) -> bytes:
+    """A payload under the same model, of rows that this cache cannot hold."""
+    other = manifest(**{"k": 3, "temperatures": (1.0, 2.0)} | fields)
+    rows = canonical_rows("", item.tokens, item.targets, item.next_logprobs, None, other)
+    return RowModel(learn_model([forged.rows], None, CACHE), other, for_writing=True).encode(rows)
 
 
 def test_counts_above_k(forged):
-    forged.block(0, 8, payload=_changed(forged, 0, 4))
-    with pytest.raises(CacheError, match="entries of a row: expected at most k=3, found 4"):
+    wide = manifest(k=4, temperatures=(1.0, 2.0))
+    payload = _of_another_cache(forged, example(9, 9, wide), k=4)
+    forged.block(0, 8, payload=payload)
+    with pytest.raises(CacheError, match="entries of a row, at most k: expected 3, found 4"):
         forged.read()
 
 
-def test_ids_outside_of_the_vocabulary(forged):
-    high_bytes_of_ids = 2 * 8 + 3 * 4 * 8 + 24  # counts; tail, log Z, next; low bytes of the ids
-    forged.block(0, 8, payload=_changed(forged, high_bytes_of_ids, 255))
-    with pytest.raises(CacheError, match=re.escape("ids: expected 0..999, found 65")):
+def test_ids_outside_of_the_vocabulary(forged, examples):
+    item = examples[2]
+    targets = dataclasses.replace(item.targets, ids=item.targets.ids + 1000)
+    payload = _of_another_cache(forged, Example(item.tokens, targets, item.next_logprobs), vocab=2000)
+    forged.block(0, 8, payload=payload)
+    with pytest.raises(CacheError, match=re.escape("ids, below: expected 1000, found 1")):
+        forged.read()
+
+
+def test_model_of_another_place(forged):
+    for model in (0, 65, forged.begin, 1 << 40):
+        other = copy.copy(forged)
+        other.block(0, 8, model=model)
+        with pytest.raises(CacheError, match="offset of a block's model|magic of a model|head of a model"):
+            other.read()
+
+
+@pytest.mark.parametrize("payload", [b"", bytes(20), bytes(200), b"\xff" * 200])
+def test_model_that_is_none(forged, payload):
+    forged.data = forged.header.encode() + encode_model(forged.header.crc, 64, payload)
+    forged.begin = len(forged.data)
+    forged.block(0, 8)
+    with pytest.raises(CacheError, match="offset 64: (bytes of a model|symbols of a context|end of a model|frequencies)"):
         forged.read()
 
 
 def test_index_that_is_not_what_stands_in_the_blocks(tmp_path, examples):
     forged = Forged(tmp_path, examples[2])
     forged.block(0, 8)
-    size = len(forged.data) - 64
-    for wrong in ([], [IndexEntry(bytes(16), 64, size, 8, 8)], [IndexEntry(forged.key, 64, size, 7, 8)]):
+    begin, size = forged.begin, len(forged.data) - forged.begin
+    for wrong in ([], [IndexEntry(bytes(16), begin, size, 8, 8)], [IndexEntry(forged.key, begin, size, 7, 8)]):
         forged.path.write_bytes(forged.data + encode_index(forged.header.crc, len(forged.data), wrong))
         with pytest.raises(CacheError, match="index entry: expected"):
             Shard(forged.path, forged.header).check()

@@ -230,7 +230,7 @@ def test_damage_found_by_a_worker_is_an_error_here(tmp_path, examples):
     data[100] ^= 1
     path.write_bytes(data)
     loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(CacheError, match=re.escape(f"{path}, offset 64: CRC-32 of a block")):
+    with pytest.raises(CacheError, match=re.escape(f"{path}, offset 64: CRC-32 of a model")):
         list(loader)
 
 

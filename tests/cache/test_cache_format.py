@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builders import example, manifest, write
+from cache_builders import assert_rows, example, manifest, write
 
 from kd_kernels.cache import CacheReader, content_key
-from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index
+from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index, encode_model
 from kd_kernels.cache.shard import Shard
 
 
@@ -38,52 +38,121 @@ def plain_key(identity: dict, tokens: list[int], segments: list[int]) -> bytes:
     return hashlib.blake2b(text + struct.pack(f"<{len(tokens)}I", *tokens), digest_size=16).digest()
 
 
-def plain_payload(identity: dict, payload: bytes, inflated_bytes: int, rows: int) -> list[dict]:
-    data = zlib.decompress(payload)
-    assert len(data) == inflated_bytes
-    at = 0
+class PlainCode:
+    """Section 4.1: four lanes, words and bits."""
 
-    def stream(count: int, size: int) -> list[int]:
-        nonlocal at
-        planes = [data[at + plane * count : at + (plane + 1) * count] for plane in range(size)]
-        at += size * count
-        return [sum(planes[b][i] << 8 * b for b in range(size)) for i in range(count)]
+    def __init__(self, data: bytes) -> None:
+        *self.lanes, count = struct.unpack_from("<5I", data)
+        self.words = list(struct.unpack_from(f"<{count}H", data, 20))[::-1]
+        self.rest, self.left = int.from_bytes(data[20 + 2 * count :], "little"), 8 * (len(data) - 20 - 2 * count)
 
-    def floats(count: int) -> list[float]:
-        return list(struct.unpack(f"<{count}f", struct.pack(f"<{count}I", *stream(count, 4))))
+    def bits(self, count: int) -> int:
+        value, self.rest, self.left = self.rest & (1 << count) - 1, self.rest >> count, self.left - count
+        assert self.left >= 0
+        return value
 
-    counts = stream(rows, 2)
-    cached, entries, step = sum(n > 0 for n in counts), sum(counts), identity["step_nats"]
-    tail = floats(cached) if identity["tail"] else [None] * cached
-    log_z = {t: [0.0] * cached if t == 1 else floats(cached) for t in identity["temperatures"]}
-    following = floats(cached)
-    ids = stream(entries, math.ceil(math.log2(identity["vocab"]) / 8))
-    if step:
-        fractions, gaps = stream(cached, 1), stream(entries, 1)
-        escaped = iter(stream(gaps.count(255), 4))
-        gaps = [next(escaped) if gap == 255 else gap for gap in gaps]
-    else:
-        logprobs = floats(entries)
-    weights = floats(entries) if identity["importance"] else [None] * entries
-    assert at == len(data)
+    def gamma(self) -> int:
+        zeros = 0
+        while zeros < 31 and self.bits(1) == 0:
+            zeros += 1
+        return (1 << zeros) + self.bits(zeros)
 
-    decoded, row, entry = [], 0, 0
-    for count in counts:
+    def number(self, frequencies: list[int]) -> int:
+        state = self.lanes.pop(0)
+        slot, start, symbol = state % 4096, 0, 0
+        while start + frequencies[symbol] <= slot:
+            start, symbol = start + frequencies[symbol], symbol + 1
+        state = frequencies[symbol] * (state // 4096) + slot - start
+        if state < 1 << 16:
+            state = state << 16 | self.words.pop()
+        self.lanes.append(state)
+        if symbol == len(frequencies) - 1:
+            return self.bits(32)
+        if symbol < 16:
+            return symbol
+        octave = symbol // 2 - 4
+        return (2 + symbol % 2 << octave - 1) + self.bits(octave - 1)
+
+    def end(self) -> None:
+        assert self.lanes == [1 << 16] * 4 and not self.words and self.left < 8 and self.rest == 0
+
+
+def signed(value: int) -> int:
+    return -(value + 1) // 2 if value % 2 else value // 2
+
+
+def plain_model(identity: dict, payload: bytes) -> tuple[list[list[int]], list[int]]:
+    """The frequencies of all contexts, and the ids by rank."""
+    code, contexts = PlainCode(payload), []
+    for _ in range(36 + sum(t != 1 for t in identity["temperatures"])):
+        alphabet = code.gamma()
+        assert alphabet <= 73
+        frequencies = [code.gamma() for _ in range(alphabet - 1)]
+        contexts.append([*frequencies, 4096 - sum(frequencies)])
+        assert contexts[-1][-1] > 0
+    ids = list(range(identity["vocab"]))
+    if code.bits(1):
+        levels = [code.number(contexts[4]) for _ in ids]
+        assert max(levels) < 64
+        ids.sort(key=lambda id: -levels[id])
+    code.end()
+    return contexts, ids
+
+
+def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_block: int) -> list[dict | None]:
+    contexts, id_of_rank = model
+    code, decoded, step = PlainCode(payload), [], identity["step_nats"]
+    number = lambda context: code.number(contexts[context])  # noqa: E731
+    exact = lambda: struct.unpack("<f", struct.pack("<I", code.bits(32)))[0]  # noqa: E731
+    for _ in range(rows):
+        count, level, fraction, entries = number(0), 0, 0, []
         if count == 0:
             decoded.append(None)
             continue
-        if step:
-            level, values = 0, []
-            for gap in gaps[entry : entry + count]:
+        for j in range(count):
+            place = 0 if j == 0 else min(j.bit_length(), 7)
+            if step:
+                gap = number(6 + place)
                 level += gap
-                values.append(-step * (level + fractions[row] / 256))
+                if j == 0:
+                    fraction = code.bits(4)
+                logprob = -step * (level + fraction / 16)
+            else:
+                logprob = exact()
+            if step and j > 1 and gap == 0:
+                classes = rank if rank < 16 else 2 * rank.bit_length() + 6 + (rank >> rank.bit_length() - 2) % 2
+                rank += 1 + number(22 + min(classes // 4, 13))
+            else:
+                rank = number(14 + place)
+            weight = exact() if identity["importance"] else None
+            entries.append((j > 0, level, id_of_rank[rank], logprob, weight))
+        if step:
+            entries.sort(key=lambda entry: entry[:3])
+        tail = None
+        if identity["tail"] and not step:
+            tail = exact()
+        elif identity["tail"]:
+            value = number(1)
+            odds = (signed(value - 1) - 4 * min(level, 1 << 20)) * step / 4
+            tail = -math.inf if value == 0 else odds if odds < -40 else -math.log1p(math.exp(-odds))
+        log_z, context = [], 36
+        for t in identity["temperatures"]:
+            log_z.append(0.0 if t == 1 else signed(number(context)) * step / 16 if step else exact())
+            context += t != 1
+        following = number(2)
+        if following > 2:
+            following = entries[following - 3][3]
+        elif following == 2:
+            following = -step * number(3) if step else exact()
         else:
-            values = logprobs[entry : entry + count]
+            following = [math.nan, -math.inf][following]
+        _, _, ids, logprobs, weights = zip(*entries)
         decoded.append({
-            "ids": ids[entry : entry + count], "logprobs": values, "weights": weights[entry : entry + count],
-            "tail": tail[row], "next": following[row], "log_z": [log_z[t][row] for t in identity["temperatures"]],
+            "ids": list(ids), "logprobs": list(logprobs), "weights": list(weights), "tail": tail, "next": following,
+            "log_z": log_z,
         })
-        row, entry = row + 1, entry + count
+    code.end()
+    assert sum(len(row["ids"]) for row in decoded if row) == in_block
     return decoded
 
 
@@ -91,30 +160,36 @@ def plain_read(folder: Path) -> tuple[dict, dict[bytes, list[dict]]]:
     """Identity, and rows by key (None: not cached), of a whole cache."""
     body, _ = checked_lines(folder / "manifest.jsonl")
     identity = json.loads(body)
-    assert identity["version"] == 1
+    assert identity["version"] == 2
     digest = hashlib.blake2b(body, digest_size=16).digest()
     sequences = {}
     for journal in folder.glob("*.journal"):
         for record in map(json.loads, checked_lines(journal)):
             shard = (folder / f"{journal.stem}-{record['number']:06d}.kdc").read_bytes()
             assert len(shard) == record["bytes"]
-            header = struct.pack("<8sII16s24s4x", b"KDCACHE\n", 1, record["number"], digest, journal.stem.encode())
+            header = struct.pack("<8sII16s24s4x", b"KDCACHE\n", 2, record["number"], digest, journal.stem.encode())
             seed = zlib.crc32(header)
             assert shard[:64] == header + struct.pack("<I", seed)
             index_at, count, crc, magic = struct.unpack("<QQI8s", shard[-28:])
             assert magic == b"KDCINDEX" and crc == zlib.crc32(shard[index_at:-12], seed)
             assert f"{crc:08x}" == record["index_crc32"] and index_at + 40 * count == len(shard) - 28
             assert count == record["sequences"]
+            models = {}
             for key, offset, size, rows, cached in struct.iter_unpack("<16sQQII", shard[index_at:-28]):
                 found, stop = [], offset + size
                 while offset < stop:
-                    magic, crc, own, pieces, payload, inflated = struct.unpack_from("<4sIQIII", shard, offset)
-                    end = offset + 28 + 28 * pieces + payload
+                    magic, crc, own, at, pieces, payload, entries = struct.unpack_from("<4sIQQIII", shard, offset)
+                    end = offset + 36 + 28 * pieces + payload
                     assert magic == b"KDCB" and own == offset and crc == zlib.crc32(shard[offset + 8 : end], seed)
-                    table = list(struct.iter_unpack("<16sIIHH", shard[offset + 28 : offset + 28 + 28 * pieces]))
+                    table = list(struct.iter_unpack("<16sIIHH", shard[offset + 36 : offset + 36 + 28 * pieces]))
                     in_block = sum(piece[3] for piece in table)
                     assert 1 <= in_block <= 256
-                    block = plain_payload(identity, shard[end - payload : end], inflated, in_block)
+                    if at not in models:
+                        magic, crc, own, size = struct.unpack_from("<4sIQI", shard, at)
+                        assert 64 <= at < offset and magic == b"KDCM" and own == at
+                        assert crc == zlib.crc32(shard[at + 8 : at + 20 + size], seed)
+                        models[at] = plain_model(identity, shard[at + 20 : at + 20 + size])
+                    block = plain_payload(identity, shard[end - payload : end], models[at], in_block, entries)
                     for piece_key, whole, first, n, n_cached in table:
                         part, block = block[:n], block[n:]
                         assert n_cached == sum(row is not None for row in part)
@@ -132,6 +207,7 @@ def plain_read(folder: Path) -> tuple[dict, dict[bytes, list[dict]]]:
 
 @pytest.mark.parametrize("fields", [
     {},
+    {"vocab": 40},  # the model ranks ids
     {"step_nats": 0, "vocab": 257},
     {"importance": True, "tail": False, "vocab": 70000, "temperatures": (0.5, 1.0, 3.0)},
 ])
@@ -144,6 +220,8 @@ def test_a_second_reader_agrees(tmp_path, fields):
     ]
     far = examples[2].targets.logprobs
     far[-1] -= 40  # an escaped gap
+    examples[3].next_logprobs[::7] = math.nan
+    examples[3].next_logprobs[(examples[3].targets.ids[:, None] != examples[3].tokens[None]).all(0)[1:]] = -math.inf
     write(tmp_path, cache, examples, rows_per_block=10, rows_per_shard=30)
     identity, sequences = plain_read(tmp_path)
     reader = CacheReader(tmp_path)
@@ -160,10 +238,11 @@ def test_a_second_reader_agrees(tmp_path, fields):
                 continue
             assert row["ids"] == found.targets.ids[entries].tolist()
             assert row["logprobs"] == pytest.approx(found.targets.logprobs[entries].tolist(), rel=1e-6, abs=0)
-            assert row["next"] == found.next_logprobs[i]
-            assert row["log_z"] == found.targets.log_z[i].tolist()
+            close = lambda expected: pytest.approx(expected, rel=1e-6, abs=0, nan_ok=True)  # noqa: E731
+            assert row["next"] == close(found.next_logprobs[i].item())
+            assert row["log_z"] == close(found.targets.log_z[i].tolist())
             if cache.tail:
-                assert row["tail"] == found.targets.tail_logprob[i]
+                assert row["tail"] == close(found.targets.tail_logprob[i].item())
             if cache.importance:
                 assert row["weights"] == found.targets.importance[entries].tolist()
 
@@ -176,21 +255,25 @@ def test_key_is_the_one_of_the_format():
 
 
 def test_offsets_beyond_4_gib(tmp_path):
-    """A sparse file, with its only block behind a hole of 5 GiB."""
+    """A sparse file, with its model and its only block behind holes of 5 GiB and more."""
     cache, item = manifest(), example(5, 0, manifest())
     write(tmp_path, cache, [item])
     key = content_key(item.tokens, cache)
     digest = hashlib.blake2b(checked_lines(tmp_path / "manifest.jsonl")[0], digest_size=16).digest()
     near = (tmp_path / "w0-000000.kdc").read_bytes()
-    _, _, _, _, payload, inflated = struct.unpack_from("<4sIQIII", near, 64)
-    start = 64 + 28 + 28
-    header, offset = ShardHeader("w1", 0, digest), 5 << 30
-    block = encode_block(header.crc, offset, [Piece(key, 4, 0, 4, 4)], near[start : start + payload], inflated)
+    (model_bytes,) = struct.unpack_from("<I", near, 64 + 16)
+    start = 64 + 20 + model_bytes
+    (payload_bytes,) = struct.unpack_from("<I", near, start + 28)
+    payload = near[start + 36 + 28 :][:payload_bytes]
+    header, model_at, offset = ShardHeader("w1", 0, digest), 5 << 30, 6 << 30
+    block = encode_block(header.crc, offset, model_at, [Piece(key, 4, 0, 4, 4)], payload, 32)
     entry = IndexEntry(key, offset, len(block), 4, 4)
     with open(tmp_path / header.name, "wb") as file:
         file.write(header.encode())
+        file.seek(model_at)
+        file.write(encode_model(header.crc, model_at, near[64 + 20 : start]))
         file.seek(offset)
         file.write(block + encode_index(header.crc, offset + len(block), [entry]))
     shard = Shard(tmp_path / header.name, header)
     assert shard.index()[2] == offset + len(block)
-    assert torch.equal(shard.rows(entry, cache).targets.ids, item.targets.ids)
+    assert_rows(shard.rows(entry, cache), item, cache)

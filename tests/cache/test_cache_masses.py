@@ -87,11 +87,11 @@ def test_extreme_rows():
 
 
 def test_cut_rows_keep_what_the_tail_says(tmp_path):
-    """The tail is stored more finely than the entries, so it is the entries that move."""
+    """The tail is stored to a quarter of the entries' step in log-odds, so it is the entries that move."""
     cache = manifest(vocab=100, k=3, step_nats=1 / 4)
     logprobs = (4 * torch.randn(64, 100, generator=torch.Generator().manual_seed(0))).log_softmax(1)
     item = Example(torch.arange(65), cut(logprobs, cache), torch.full((64,), math.nan))
     reader = cached(tmp_path, item, cache)
     kept = 1 - reader.targets(item.tokens).tail_logprob.double().exp()
     exact = 1 - item.targets.tail_logprob.double().exp()
-    assert (kept - exact).abs().max() < 1e-6
+    assert ((kept - exact).abs() <= 1.05 * exact * (1 - exact) * cache.step_nats / 8 + 1e-6).all()

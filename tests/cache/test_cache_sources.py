@@ -73,7 +73,7 @@ def test_a_url_fails_as_closed_as_a_path(in_memory, examples):
         reader.lookup(examples[0].tokens)
     assert caught.value.path == f"{in_memory}/w0-000000.kdc" and caught.value.offset == 64
     system.pipe_file(name, original[:70])
-    with pytest.raises(CacheError, match="offset 64: bytes to the end of the file: expected at least"):
+    with pytest.raises(CacheError, match="offset [0-9]+: bytes to the end of the file: expected at least"):
         reader.lookup(examples[0].tokens)
     with pytest.raises(CacheError, match="w0-000000.kdc, offset 70: bytes of the shard, by w0.journal at 0: expected"):
         CacheReader(in_memory)

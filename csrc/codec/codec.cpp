@@ -1,0 +1,396 @@
+#include "codec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace kd {
+namespace {
+
+constexpr uint32_t kFractions = 16;   // of a step, for the first entry of a row
+constexpr double kTailFinesse = 4;    // the tail's log-odds are stored to step / 4
+constexpr double kLogZFinesse = 16;   // log Z to step / 16
+constexpr uint64_t kMaxLevel = 1u << 30;
+constexpr uint32_t kPlaces = 8, kTies = 14, kRankLevels = 64;
+
+// Contexts. Gaps and ranks depend on the place in the row; the rank of an entry as likely as the one before, on that one.
+enum Context : uint32_t { kCount, kTail, kNext, kNextLevel, kIdLevel, kWeight, kGap, kRank = kGap + kPlaces,
+                          kTie = kRank + kPlaces, kLogZ = kTie + kTies };
+
+uint32_t context_count(const RowLayout& layout) { return kLogZ + layout.temperatures; }
+
+uint32_t place_of(int64_t j) { return j == 0 ? 0 : std::min(1 + log2_floor(static_cast<uint32_t>(j)), kPlaces - 1); }
+uint32_t tie_context(uint32_t rank) { return kTie + std::min(class_of(rank) / 4, kTies - 1); }
+
+enum Next : uint32_t { kNotKnown, kImpossible, kNotKept, kEntry };  // kEntry + j: the row's entry j
+
+uint32_t zigzag(int64_t v) { return static_cast<uint32_t>(v < 0 ? -2 * v - 1 : 2 * v); }
+int64_t unzigzag(uint32_t v) { return v & 1 ? -static_cast<int64_t>(v / 2) - 1 : v / 2; }
+
+// A tail of mass t as log(t / (1 - t)): as exact for the entries' mass as for the tail's own.
+double log_odds(double log_tail) { return std::min(log_tail - std::log(-std::expm1(std::min(log_tail, 0.0))), 89.0); }
+
+// The tail is near the last entry's logprob, more often than not.
+int64_t tail_prediction(uint64_t last_level) { return -static_cast<int64_t>(kTailFinesse) * std::min<uint64_t>(last_level, 1 << 20); }
+
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Ids by falling level, and of equal levels the lower first.
+std::vector<uint32_t> ids_by_rank(const std::vector<uint8_t>& levels) {
+  std::vector<uint32_t> begin(kRankLevels + 1, 0), ids(levels.size());
+  for (const uint8_t level : levels) ++begin[kRankLevels - level];
+  for (uint32_t i = 1; i <= kRankLevels; ++i) begin[i] += begin[i - 1];
+  for (uint32_t id = 0; id < levels.size(); ++id) ids[begin[kRankLevels - 1 - levels[id]]++] = id;
+  return ids;
+}
+
+std::vector<uint32_t> inverse(const std::vector<uint32_t>& permutation) {
+  std::vector<uint32_t> found(permutation.size());
+  for (uint32_t i = 0; i < found.size(); ++i) found[permutation[i]] = i;
+  return found;
+}
+
+// Puts the numbers of rows into a sink, in the order in which they are coded.
+template <class Sink> class RowWalk {
+ public:
+  RowWalk(const RowLayout& layout, const RowsIn& rows, const std::vector<uint32_t>& rank_of_id, Sink& sink)
+      : layout_(layout), rows_(rows), rank_of_id_(rank_of_id), sink_(sink) {}
+
+  void all() {
+    for (int64_t row = 0; row < rows_.rows; ++row) {
+      const int64_t begin = rows_.offsets[row], count = rows_.offsets[row + 1] - begin;
+      sink_.number(kCount, static_cast<uint32_t>(count));
+      if (count == 0) continue;
+      const uint64_t last_level = layout_.step > 0 ? rounded(begin, count) : exact(begin, count);
+      if (layout_.tail) tail(rows_.tail[row], last_level);
+      for (uint32_t t = 0; t < layout_.temperatures; ++t) log_z(t, rows_.log_z[t * rows_.rows + row]);
+      next(rows_.next[row], begin, count);
+    }
+  }
+
+ private:
+  uint32_t rank(int64_t entry) const {
+    const uint32_t id = static_cast<uint32_t>(rows_.ids[entry]);
+    return rank_of_id_.empty() ? id : rank_of_id_[id];
+  }
+
+  void weight(int64_t entry) {
+    if (layout_.weights == Weights::fp32) sink_.bits(bits_of(rows_.weights[entry]), 32);
+    if (layout_.weights == Weights::counts) sink_.number(kWeight, static_cast<uint32_t>(rows_.counts[entry]));
+  }
+
+  uint64_t exact(int64_t begin, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+      sink_.bits(bits_of(rows_.logprobs[begin + j]), 32);
+      sink_.number(kRank + place_of(j), rank(begin + j));
+      weight(begin + j);
+    }
+    return 0;
+  }
+
+  uint64_t rounded(int64_t begin, int64_t count) {
+    const double scale = -1.0 / layout_.step;
+    const double first = std::max(0.0, std::nearbyint(rows_.logprobs[begin] * scale * kFractions));
+    const uint32_t fraction = static_cast<uint32_t>(static_cast<uint64_t>(first) % kFractions);
+    const double shift = fraction / static_cast<double>(kFractions);
+    levels_.resize(count);
+    order_.resize(count);
+    for (int64_t j = 0; j < count; ++j) {
+      levels_[j] = static_cast<uint64_t>(std::max(0.0, std::nearbyint(rows_.logprobs[begin + j] * scale - shift)));
+      order_[j] = static_cast<uint64_t>(rank(begin + j)) << 32 | static_cast<uint64_t>(j);
+    }
+    for (int64_t j = 1, stop; j < count; j = stop) {
+      for (stop = j + 1; stop < count && levels_[stop] == levels_[j];) ++stop;
+      if (stop - j > 1) std::sort(order_.begin() + j, order_.begin() + stop);
+    }
+    uint64_t level = 0;
+    uint32_t before = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const uint32_t gap = static_cast<uint32_t>(levels_[j] - level), r = static_cast<uint32_t>(order_[j] >> 32);
+      const bool is_tie = gap == 0 && j > 1;
+      level = levels_[j];
+      sink_.number(kGap + place_of(j), gap);
+      if (j == 0) sink_.bits(fraction, 4);
+      if (is_tie) sink_.number(tie_context(before), r - before - 1);
+      else sink_.number(kRank + place_of(j), r);
+      weight(begin + static_cast<int64_t>(order_[j] & 0xffffffffu));
+      before = r;
+    }
+    return level;
+  }
+
+  void tail(float log_tail, uint64_t last_level) {
+    if (layout_.step == 0) return sink_.bits(bits_of(log_tail), 32);
+    const double odds = log_odds(log_tail) * kTailFinesse / layout_.step;
+    if (odds < -static_cast<double>(kMaxLevel)) return sink_.number(kTail, 0);  // mass 0
+    sink_.number(kTail, 1 + zigzag(std::llround(odds) - tail_prediction(last_level)));
+  }
+
+  void log_z(uint32_t t, float value) {
+    if (layout_.step == 0) return sink_.bits(bits_of(value), 32);
+    sink_.number(kLogZ + t, zigzag(std::llround(value * kLogZFinesse / layout_.step)));
+  }
+
+  void next(float value, int64_t begin, int64_t count) {
+    if (std::isnan(value)) return sink_.number(kNext, kNotKnown);
+    if (std::isinf(value)) return sink_.number(kNext, kImpossible);
+    for (int64_t j = 0; j < count; ++j)
+      if (rows_.logprobs[begin + static_cast<int64_t>(order_of(j))] == value)
+        return sink_.number(kNext, kEntry + static_cast<uint32_t>(j));
+    sink_.number(kNext, kNotKept);
+    if (layout_.step == 0) sink_.bits(bits_of(value), 32);
+    else sink_.number(kNextLevel, static_cast<uint32_t>(std::max(0.0, std::nearbyint(-value / layout_.step))));
+  }
+
+  uint64_t order_of(int64_t j) const { return layout_.step > 0 ? order_[j] & 0xffffffffu : static_cast<uint64_t>(j); }
+
+  const RowLayout& layout_;
+  const RowsIn& rows_;
+  const std::vector<uint32_t>& rank_of_id_;
+  Sink& sink_;
+  std::vector<uint64_t> levels_, order_;  // order: rank, and place in the row as it was given
+};
+
+struct CodeSink {
+  const std::vector<Distribution>& contexts;
+  CodeWriter writer;
+  void number(uint32_t context, uint32_t value) { writer.number(contexts[context], value); }
+  void bits(uint32_t value, uint32_t count) { writer.bits(value, count); }
+};
+
+struct CountSink {
+  std::vector<std::vector<double>> counts;
+  explicit CountSink(uint32_t contexts) : counts(contexts, std::vector<double>(kClasses)) {}
+  void number(uint32_t context, uint32_t value) { ++counts[context][class_of(value)]; }
+  void bits(uint32_t, uint32_t) {}
+};
+
+constexpr double kPrior = 16;  // a context that is new leans on the others of its kind with so many numbers
+
+// Adds to the contexts [begin, end) that were seen at all what they have in common.
+void lean_on_each_other(std::vector<std::vector<double>>& counts, uint32_t begin, uint32_t end) {
+  std::vector<double> sum(kClasses);
+  double total = 0;
+  for (uint32_t c = begin; c < end; ++c)
+    for (uint32_t s = 0; s < kClasses; ++s) sum[s] += counts[c][s], total += counts[c][s];
+  for (uint32_t c = begin; c < end; ++c) {
+    if (std::all_of(counts[c].begin(), counts[c].end(), [](double n) { return n == 0; })) continue;
+    for (uint32_t s = 0; s < kClasses; ++s) counts[c][s] += kPrior * sum[s] / total;
+  }
+}
+
+// Frequencies in the proportion of the counts, each at least 1, with an escape after the highest class that was seen.
+std::vector<uint16_t> normalised(const std::vector<double>& counts) {
+  double total = 0;
+  size_t alphabet = 1, most = 0;
+  for (size_t c = 0; c < counts.size(); ++c) {
+    total += counts[c];
+    if (counts[c] > 0) alphabet = c + 2;
+    if (counts[c] > counts[most]) most = c;
+  }
+  std::vector<uint16_t> frequencies(alphabet, 1);
+  const uint32_t room = kTotal - static_cast<uint32_t>(alphabet);
+  uint32_t left = room;
+  for (size_t c = 0; c + 1 < alphabet; ++c) {
+    const uint32_t share = std::min(static_cast<uint32_t>(counts[c] / total * room), left);
+    frequencies[c] = static_cast<uint16_t>(1 + share);
+    left -= share;
+  }
+  frequencies[most] = static_cast<uint16_t>(frequencies[most] + left);
+  return frequencies;
+}
+
+// Ranks to learn from. An id that was seen once would not have been seen without the entry that is looked at: in rows to
+// come such ids stand among those not seen yet. So they are spread over these, without two in one place.
+std::vector<uint32_t> ranks_to_learn_from(const std::vector<uint8_t>& levels, const int32_t* id_counts) {
+  const std::vector<uint32_t> ids = ids_by_rank(levels);
+  std::vector<uint32_t> ranks = inverse(ids);
+  const uint32_t total = static_cast<uint32_t>(ids.size());
+  const auto seen = [&](int32_t least) {
+    return static_cast<uint32_t>(std::count_if(id_counts, id_counts + total, [=](int32_t n) { return n >= least; }));
+  };
+  const uint64_t first_once = seen(2), first_new = seen(1), once = first_new - first_once, fresh = total - first_new;
+  if (once > 0 && fresh >= once)
+    for (uint64_t i = 0; i < once; ++i) ranks[ids[first_once + i]] = static_cast<uint32_t>(first_new + i * fresh / once);
+  return ranks;
+}
+
+}  // namespace
+
+std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<RowsIn>& rows, const int32_t* id_counts) {
+  std::vector<uint8_t> levels;
+  std::vector<uint32_t> rank_of_id;
+  CountSink sink(context_count(layout));
+  if (id_counts) {
+    levels.resize(layout.vocab);
+    for (uint32_t id = 0; id < layout.vocab; ++id) {
+      levels[id] = static_cast<uint8_t>(2.0 * std::log2(1.0 + id_counts[id]));
+      sink.number(kIdLevel, levels[id]);
+    }
+    rank_of_id = ranks_to_learn_from(levels, id_counts);
+  }
+  for (const RowsIn& part : rows) RowWalk<CountSink>(layout, part, rank_of_id, sink).all();
+  lean_on_each_other(sink.counts, kGap, kRank);
+  lean_on_each_other(sink.counts, kRank, kLogZ);
+
+  CodeWriter writer;
+  std::vector<Distribution> contexts(context_count(layout));
+  for (size_t c = 0; c < contexts.size(); ++c) {
+    const std::vector<uint16_t> frequencies = normalised(sink.counts[c]);
+    contexts[c].assign(frequencies);
+    writer.gamma(static_cast<uint32_t>(frequencies.size()));
+    for (size_t s = 0; s + 1 < frequencies.size(); ++s) writer.gamma(frequencies[s]);
+  }
+  writer.bits(id_counts != nullptr, 1);
+  for (const uint8_t level : levels) writer.number(contexts[kIdLevel], level);
+  return writer.finish();
+}
+
+Complaint RowModel::read(const RowLayout& layout, Span payload, bool for_writing) {
+  layout_ = layout;
+  CodeReader reader;
+  if (!reader.open(payload)) return {"bytes of a model", kCodeHeadBytes, static_cast<int64_t>(payload.size)};
+  contexts_.resize(context_count(layout));
+  for (Distribution& context : contexts_) {
+    const uint32_t alphabet = reader.gamma();
+    if (alphabet > kMaxAlphabet) return {"symbols of a context, at most", kMaxAlphabet, alphabet};
+    std::vector<uint16_t> frequencies(alphabet);
+    uint32_t left = kTotal;
+    for (uint32_t s = 0; s + 1 < alphabet; ++s) {
+      const uint32_t frequency = reader.gamma();
+      if (frequency >= left) return {"frequencies of a context, below", kTotal, int64_t{kTotal} - left + frequency};
+      frequencies[s] = static_cast<uint16_t>(frequency);
+      left -= frequency;
+    }
+    frequencies.back() = static_cast<uint16_t>(left);
+    context.assign(frequencies);
+  }
+  id_of_rank_.clear();
+  rank_of_id_.clear();
+  if (reader.bits(1)) {
+    std::vector<uint8_t> levels(layout.vocab);
+    for (uint8_t& level : levels) {
+      const uint32_t value = reader.number(contexts_[kIdLevel]);
+      if (value >= kRankLevels) return {"level of an id, below", kRankLevels, value};
+      level = static_cast<uint8_t>(value);
+    }
+    id_of_rank_ = ids_by_rank(levels);
+    if (for_writing) rank_of_id_ = inverse(id_of_rank_);
+  }
+  if (!reader.is_at_end()) return {"end of a model", 1, 0};
+  return {};
+}
+
+std::vector<uint8_t> RowModel::encode(const RowsIn& rows) const {
+  CodeSink sink{contexts_, {}};
+  RowWalk<CodeSink>(layout_, rows, rank_of_id_, sink).all();
+  return sink.writer.finish();
+}
+
+Complaint RowModel::decode(Span payload, const RowsOut& out) const {
+  CodeReader reader;
+  if (!reader.open(payload)) return {"bytes of a payload", kCodeHeadBytes, static_cast<int64_t>(payload.size)};
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const auto number = [&](uint32_t context) { return reader.number(contexts_[context]); };
+  const bool is_exact = layout_.step == 0;
+  const double unit = layout_.step / kFractions;
+  std::vector<std::pair<uint32_t, int64_t>> order;
+  std::vector<float> weights;
+  std::vector<int32_t> counts;
+  out.offsets[0] = 0;
+  for (int64_t row = 0; row < out.rows; ++row) {
+    const int64_t begin = out.offsets[row], count = number(kCount);
+    if (count > layout_.k) return {"entries of a row, at most k", layout_.k, count};
+    if (count > out.entries - begin) return {"entries of a block", out.entries, begin + count};
+    out.offsets[row + 1] = begin + count;
+    if (count == 0) {
+      if (out.tail) out.tail[row] = 0;
+      for (uint32_t t = 0; t < layout_.temperatures; ++t) out.log_z[t * out.rows + row] = nan;
+      out.next[row] = nan;
+      continue;
+    }
+    int64_t* ids = out.ids + begin;
+    float* logprobs = out.logprobs + begin;
+    uint64_t level = 0;
+    uint32_t fraction = 0, before = 0;
+    int64_t run = 1;
+    const auto sort_run = [&](int64_t stop) {  // entries of one level stand with the lower id first
+      if (stop - run < 2) return;
+      if (!out.weights && !out.counts) return std::sort(ids + run, ids + stop);
+      order.clear();
+      for (int64_t j = run; j < stop; ++j) order.emplace_back(static_cast<uint32_t>(ids[j]), begin + j);
+      std::sort(order.begin(), order.end());
+      if (out.weights) weights.assign(out.weights + begin + run, out.weights + begin + stop);
+      if (out.counts) counts.assign(out.counts + begin + run, out.counts + begin + stop);
+      for (int64_t j = run; j < stop; ++j) {
+        ids[j] = order[j - run].first;
+        const int64_t from = order[j - run].second - begin - run;
+        if (out.weights) out.weights[begin + j] = weights[from];
+        if (out.counts) out.counts[begin + j] = counts[from];
+      }
+    };
+    for (int64_t j = 0; j < count; ++j) {
+      uint64_t rank;
+      if (is_exact) {
+        logprobs[j] = float_of(reader.bits(32));
+        rank = number(kRank + place_of(j));
+      } else {
+        const uint32_t gap = number(kGap + place_of(j));
+        if (j == 0) fraction = reader.bits(4);
+        level += gap;
+        const bool is_tie = gap == 0 && j > 1;
+        rank = is_tie ? uint64_t{before} + 1 + number(tie_context(before)) : number(kRank + place_of(j));
+        if (!is_tie && j > 1) {
+          sort_run(j);
+          run = j;
+        }
+        logprobs[j] = static_cast<float>(0.0 - static_cast<double>(level * kFractions + fraction) * unit);
+      }
+      if (rank >= layout_.vocab) return {"ids, below", layout_.vocab, static_cast<int64_t>(rank)};
+      before = static_cast<uint32_t>(rank);
+      ids[j] = id_of_rank_.empty() ? before : id_of_rank_[before];
+      if (out.weights) out.weights[begin + j] = float_of(reader.bits(32));
+      if (out.counts) out.counts[begin + j] = static_cast<int32_t>(number(kWeight));
+    }
+    if (!is_exact) sort_run(count);
+    if (level > kMaxLevel) return {"levels, at most", kMaxLevel, static_cast<int64_t>(level)};
+
+    if (out.tail) {
+      if (is_exact) {
+        out.tail[row] = float_of(reader.bits(32));
+      } else {
+        const uint32_t code = number(kTail);
+        const double odds = static_cast<double>(unzigzag(code - 1) + tail_prediction(level)) * layout_.step / kTailFinesse;
+        out.tail[row] = code == 0 ? -std::numeric_limits<float>::infinity()
+                                  : static_cast<float>(odds < -40 ? odds : -std::log1p(std::exp(-odds)));
+      }
+    }
+    for (uint32_t t = 0; t < layout_.temperatures; ++t) {
+      float& log_z = out.log_z[t * out.rows + row];
+      if (is_exact) log_z = float_of(reader.bits(32));
+      else log_z = static_cast<float>(static_cast<double>(unzigzag(number(kLogZ + t))) * layout_.step / kLogZFinesse);
+    }
+    const uint32_t next = number(kNext);
+    if (next == kNotKnown) out.next[row] = nan;
+    else if (next == kImpossible) out.next[row] = -std::numeric_limits<float>::infinity();
+    else if (next == kNotKept && is_exact) out.next[row] = float_of(reader.bits(32));
+    else if (next == kNotKept) out.next[row] = static_cast<float>(0.0 - static_cast<double>(number(kNextLevel)) * layout_.step);
+    else if (next - kEntry < static_cast<uint64_t>(count)) out.next[row] = logprobs[next - kEntry];
+    else return {"entry of the next token, below", count, int64_t{next} - kEntry};
+    if (reader.is_short()) return {"rows in a payload", out.rows, row};
+  }
+  if (out.offsets[out.rows] != out.entries) return {"entries of a block", out.entries, out.offsets[out.rows]};
+  if (!reader.is_at_end()) return {"end of a payload", 1, 0};
+  return {};
+}
+
+}  // namespace kd

@@ -1,0 +1,81 @@
+// Rows of a teacher to bytes and back, in plain types: no Python, no torch, no allocation that the caller did not size.
+// FORMAT.md, section 4, is the normative text.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "rans.h"
+
+namespace kd {
+
+enum class Weights : int { none, fp32, counts };
+
+// What the rows of a cache have in common: of the manifest.
+struct RowLayout {
+  uint32_t vocab, k;
+  double step;            // nats; 0: log-probabilities are stored as they are
+  uint32_t temperatures;  // whose log Z is stored
+  bool tail;
+  Weights weights;
+};
+
+// What is wrong with bytes. `what` is null where nothing is.
+struct Complaint {
+  const char* what = nullptr;
+  int64_t expected = 0, found = 0;
+  explicit operator bool() const { return what != nullptr; }
+};
+
+// Rows before they are coded: CSR, entries in falling order; a row without entries is not cached.
+struct RowsIn {
+  int64_t rows;
+  const int64_t* offsets;  // [rows + 1]
+  const int64_t* ids;      // [nnz]
+  const float* logprobs;   // [nnz], nats
+  const float* tail;       // [rows], or null
+  const float* log_z;      // [temperatures, rows]
+  const float* next;       // [rows], nats; NaN: not known
+  const float* weights;    // [nnz], or null
+  const int32_t* counts;   // [nnz], or null
+};
+
+// Room for decoded rows. Rows that are not cached get a tail of 0, and NaN for the rest.
+struct RowsOut {
+  int64_t rows, entries;
+  int64_t* offsets;  // [rows + 1]
+  int64_t* ids;      // [entries]
+  float* logprobs;   // [entries]
+  float* tail;       // [rows], or null
+  float* log_z;      // [temperatures, rows]
+  float* next;       // [rows]
+  float* weights;    // [entries], or null
+  int32_t* counts;   // [entries], or null
+};
+
+// The distributions of all contexts, and which ids are frequent. Memory: 5 KiB a context, and 4 bytes an id (8 for a writer)
+// where the model ranks ids.
+class RowModel {
+ public:
+  // Reads the payload of a model block.
+  Complaint read(const RowLayout& layout, Span payload, bool for_writing);
+
+  // Room for rows must be as RowsOut says. What was written into it counts only if there is no complaint.
+  Complaint decode(Span payload, const RowsOut& out) const;
+
+  // Only after read(..., for_writing=true).
+  std::vector<uint8_t> encode(const RowsIn& rows) const;
+
+  const RowLayout& layout() const { return layout_; }
+
+ private:
+  RowLayout layout_{};
+  std::vector<Distribution> contexts_;
+  std::vector<uint32_t> id_of_rank_, rank_of_id_;  // empty: every id is its own rank
+};
+
+// The payload of a model block for rows like these. id_counts [vocab]: how often each id was seen so far; null: do not
+// rank ids.
+std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<RowsIn>& rows, const int32_t* id_counts);
+
+}  // namespace kd
