@@ -10,6 +10,7 @@
 
 #include "codec/codec.h"
 #include "cpu/row_loss.h"
+#include "cpu/sampled_targets.h"
 #include "cpu/sampling.h"
 #include "cpu/token_stats.h"
 #include "cpu/topk.h"
@@ -159,6 +160,24 @@ template <class S> void define_sample(py::module_& m, const char* name) {
         py::arg("model_logprobs"), py::arg("entropy"), py::arg("lse"), py::arg("threads"));
 }
 
+template <class S>
+void sampled_targets(const RawTuple& logits, int64_t rows, int64_t vocab, Address seeds, Address keys, Address positions,
+                     double inverse, int64_t draws, int64_t certain, int64_t width, Address counts, Address ids,
+                     Address logprobs, Address importance, int threads) {
+  const kd::SampledTargets<S> job{rows, vocab, raw_logits<S>(logits), pointer<const int64_t>(seeds),
+                                  pointer<const int64_t>(keys), pointer<const int64_t>(positions), inverse, draws, certain,
+                                  width, pointer<int64_t>(counts), pointer<int64_t>(ids), pointer<S>(logprobs),
+                                  pointer<S>(importance), threads};
+  KD_DISPATCH(target_rows(job))
+}
+
+template <class S> void define_sampled_targets(py::module_& m, const char* name) {
+  m.def(name, &sampled_targets<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("logits"),
+        py::arg("rows"), py::arg("vocab"), py::arg("seeds"), py::arg("keys"), py::arg("positions"), py::arg("inverse"),
+        py::arg("draws"), py::arg("certain"), py::arg("width"), py::arg("counts"), py::arg("ids"), py::arg("logprobs"),
+        py::arg("importance"), py::arg("threads"));
+}
+
 std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
   const kd::Words words = kd::philox(counter.at(0), counter.at(1), counter.at(2), counter.at(3), key.at(0), key.at(1));
   return {words.w, words.w + 4};
@@ -258,6 +277,8 @@ PYBIND11_MODULE(_C, m) {
   define_token_stats<double>(m, "token_stats_fp64");
   define_sample<float>(m, "sample_fp32");
   define_sample<double>(m, "sample_fp64");
+  define_sampled_targets<float>(m, "sampled_targets_fp32");
+  define_sampled_targets<double>(m, "sampled_targets_fp64");
   py::class_<kd::RowLayout>(m, "RowLayout")
       .def(py::init(&row_layout), py::kw_only(), py::arg("vocab"), py::arg("k"), py::arg("step"), py::arg("temperatures"),
            py::arg("tail"), py::arg("weights"));

@@ -7,6 +7,7 @@ autograd. Nothing is chunked, truncated rows are made by adding up the columns t
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -456,6 +457,70 @@ def sample(
     token = pick(left, group, inverse, place.uniform(race + 1, group))
     second = max((s for g, s in enumerate(noisy) if g != group), default=-math.inf)
     return Draw(token, *score(row, left, token, temperature), noisy[group] - second)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Draws with replacement: of each id that came, how often and its probability; and how close the closest call was."""
+
+    times: dict[int, int]
+    proposal: dict[int, float]
+    lead: float
+
+
+def sampled_targets(row: list[float], place: Place, n: int, temperature: float = 1.0, certain: int = 0) -> Counted:
+    """The draws of the contract, each by itself. ``lead`` is relative to the mass of the row."""
+    sure, inverse = [v for v in falling(row) if row[v] > -math.inf][:certain], inverse_temperature(temperature)
+    left = [-math.inf if v in sure else x for v, x in enumerate(row)]
+    peak, times, proposal, lead = max(left), {}, {}, math.inf
+    if peak == -math.inf:
+        return Counted(times, proposal, lead)
+    groups = group_masses(left, inverse)
+    masses = [math.exp((top - peak) * inverse) * total if total else 0.0 for top, total in groups]
+    upto = list(itertools.accumulate(masses))
+    for d in range(n):
+        target = place.fine_uniform(2, d) * upto[-1]
+        group = next(g for g, mass in enumerate(upto) if mass > target)
+        before = upto[group] - masses[group]
+        ids = left[128 * group : 128 * group + 128]
+        sums = list(itertools.accumulate(math.exp((x - groups[group][0]) * inverse) if x > -math.inf else 0.0 for x in ids))
+        part = (target - before) / masses[group] * sums[-1]
+        j = next(j for j, s in enumerate(sums) if s > part)
+        token = 128 * group + j
+        times[token] = times.get(token, 0) + 1
+        proposal[token] = math.exp((row[token] - peak) * inverse) / upto[-1]
+        edges = [(sums[j] - part) * masses[group] / sums[-1]]
+        edges += [(part - sums[j - 1]) * masses[group] / sums[-1]] if j else [target - before] if group else []
+        lead = min(lead, *(edge / upto[-1] for edge in edges))
+    return Counted(times, proposal, lead)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A draft that was tested: the id in the end, its log-probability under what the teacher draws from; how close it was."""
+
+    id: int
+    accepted: bool
+    logprob: float
+    lead: float
+
+
+def log_law(row: list[float], **arguments) -> list[float]:
+    """Log-probabilities of what is left of a row, tempered and cut."""
+    left = filtered(row, **arguments)
+    return [score(row, left, v, arguments.get("temperature", 1.0))[0] for v in range(len(row))]
+
+
+def accept_speculative(draft: int, teacher: list[float], student: list[float], place: Place, law: dict, student_law: dict) -> Verdict:
+    """Speculative sampling as the contract has it; the arguments of ``filtered`` for each of the two."""
+    logp, logq = log_law(teacher, **law), log_law(student, **student_law)
+    test, threshold = math.log(place.fine_uniform(3)), logp[draft] - logq[draft] if logp[draft] > -math.inf else -math.inf
+    if test <= threshold:
+        return Verdict(draft, True, logp[draft], threshold - test)
+    left = [max(math.exp(a) - math.exp(b), 0.0) for a, b in zip(logp, logq)]
+    drawn = sample([math.log(x) if x else -math.inf for x in left] if any(left) else logp, place, race=4)
+    is_rounding = math.fsum(left) < 1e-9  # p = q, but for that
+    return Verdict(drawn.id, False, logp[drawn.id], 0.0 if is_rounding else min(test - threshold, drawn.lead))
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients

@@ -3,90 +3,20 @@
 // cache. Filters look at the groups' maxima first, so that only ids near the cut are ever compared; nothing is sorted whole.
 #include "sampling.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-#include <vector>
-
-#include "kd/philox.h"
-#include "kd/simd.h"
-#include "rows.h"
+#include "groups.h"
 
 namespace kd {
 namespace KD_ISA {
 namespace {
 
-// Maximum and sum of exp((z - maximum) r) of each group, the terms added by halving.
-template <class S> struct Groups {
-  std::vector<S> top, sum;
-  explicit Groups(int64_t count) : top(count), sum(count) {}
-  int64_t count() const { return static_cast<int64_t>(top.size()); }
-};
-
-// An id that a filter looks at. A type of this file, as an argument of std::sort and the like (see topk.cpp).
-template <class S> struct Kept {
-  S logit;
-  int64_t id;
-  double weight;
-};
-struct Before {
-  template <class S> bool operator()(const Kept<S>& a, const Kept<S>& b) const {
-    return (a.logit > b.logit) | ((a.logit == b.logit) & (a.id < b.id));
-  }
-};
-struct Falling {
-  template <class S> bool operator()(S a, S b) const { return a > b; }
-};
-
 constexpr int64_t kSmallRow = 4096;  // of so many ids, all are compared
 constexpr int64_t kFew = 256;        // ids inside of a bracket that is no longer halved
 constexpr double kDeepest = 128;     // nats below the maximum: what lies deeper has no mass in fp32
 
-template <class S> KD_INLINE S sum_by_halving(S* terms) {
-  for (int half = kGroupIds / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) terms[j] += terms[j + half];
-  return terms[0];
-}
-
-// Returns the row's maximum. With `weighted`, also the groups' sums of exp(z - m) (z - m): for the entropy, where r is 1.
-template <class S> S add_groups(const S* z, int64_t n, S r, Groups<S>& groups, double* weighted) {
-  S max = -kInf<S>;
-  alignas(64) S terms[kGroupIds];
-  for (int64_t g = 0; g < groups.count(); ++g) {
-    const int64_t begin = g * kGroupIds, end = std::min(begin + kGroupIds, n);
-    const S top = block_max(z, begin, end), shift = top > -kInf<S> ? top : S{};
-    if (end - begin < kGroupIds) std::fill(terms, terms + kGroupIds, S{});
-    typename Lanes<S>::V lanes{};
-    double rest = 0;
-    over_columns<S>(begin, end, [&](auto lane, int64_t v) {
-      using T = decltype(lane);
-      const T gap = load<T>(z + v) - (T{} + shift), e = exp(gap * (T{} + r));
-      store(terms + (v - begin), e);
-      if (!weighted) return;
-      const T product = where(gap > splat<T>(-1e30), e * gap, T{});
-      if constexpr (sizeof(T) == sizeof(lanes)) lanes += product;
-      else rest += product;
-    });
-    groups.top[g] = top;
-    groups.sum[g] = sum_by_halving(terms);
-    if (weighted) weighted[g] = lane_sum(lanes) + rest;
-    max = top > max ? top : max;
-  }
-  return max;
-}
-
-// Sum over the groups of exp((m_g - max) r) s_g.
-template <class S> double total(const Groups<S>& groups, S max, double r) {
-  double sum = 0;
-  for (int64_t g = 0; g < groups.count(); ++g)
-    if (groups.sum[g] != 0) sum += std::exp((static_cast<double>(groups.top[g]) - max) * r) * groups.sum[g];
-  return sum;
-}
-
 template <class S> class Row {
  public:
   explicit Row(const Sampling<S>& job)
-      : job_(job), n_(job.vocab), own_(groups_of(job)), tempered_(groups_of(job)), weighted_(job.entropy ? groups_of(job) : 0),
+      : job_(job), n_(job.vocab), own_(n_), tempered_(n_), weighted_(job.entropy ? own_.count() : 0),
         masked_(job.top_k || job.top_p || job.min_p ? job.vocab : 0) {}
 
   void draw(int64_t row, const S* z) {
@@ -118,8 +48,6 @@ template <class S> class Row {
   }
 
  private:
-  static int64_t groups_of(const Sampling<S>& job) { return (job.vocab + kGroupIds - 1) / kGroupIds; }
-
   void write_nothing(int64_t row) {
     const S nan = std::numeric_limits<S>::quiet_NaN();
     job_.ids[row] = -1;
@@ -173,20 +101,15 @@ template <class S> class Row {
     if (k >= n_ && p >= 1.0 && least <= 0.0) return false;
     above_ = kInf<S>;
     if (k < n_) {
-      // So many groups have a maximum of at least this, and so at least as many ids a logit of at least this.
-      collect(z, k < own_.count() ? kth_maximum(k) : -kInf<S>, max, r);
-      if (k < static_cast<int64_t>(kept_.size())) {
-        std::nth_element(kept_.begin(), kept_.begin() + k, kept_.end(), Before());
-        kept_.resize(k);
-      }
-      if (p < 1.0) cut_at_mass(p * mass());
+      collect_first(z, n_, own_, k, maxima_, kept_);
+      if (p < 1.0) weigh_kept(max, r), cut_at_mass(p * mass());
     } else if (p < 1.0) {
       take_mass(z, p, max, r);
     } else {
-      collect(z, static_cast<S>(max + (lowest * (1 + 1e-6) - 1e-6) / r), max, r);  // a little more than stays
+      collect(z, n_, own_, static_cast<S>(max + (lowest * (1 + 1e-6) - 1e-6) / r), kept_);  // a little more than stays
     }
     if (above_ < kInf<S> && is_low(above_)) {
-      collect(z, above_, max, r);
+      collect(z, n_, own_, above_, kept_);
       above_ = kInf<S>;
     }
     kept_.erase(std::remove_if(kept_.begin(), kept_.end(), [&](const Kept<S>& x) { return is_low(x.logit); }), kept_.end());
@@ -199,27 +122,16 @@ template <class S> class Row {
     return true;
   }
 
-  S kth_maximum(int64_t k) {
-    maxima_ = own_.top;
-    std::nth_element(maxima_.begin(), maxima_.begin() + (k - 1), maxima_.end(), Falling());
-    return maxima_[k - 1];
-  }
-
-  // All ids with a logit of at least `bound`, but those that are masked.
-  void collect(const S* z, S bound, S max, double r) {
-    kept_.clear();
-    for (int64_t g = 0; g < own_.count(); ++g) {
-      if (!(own_.top[g] >= bound) || own_.sum[g] == 0) continue;
-      for (int64_t v = g * kGroupIds, end = std::min(v + kGroupIds, n_); v < end; ++v)
-        if (z[v] >= bound && z[v] > -kInf<S>) kept_.push_back({z[v], v, std::exp((static_cast<double>(z[v]) - max) * r)});
-    }
+  void weigh_kept(S max, double r) {
+    for (Kept<S>& x : kept_) x.weight = std::exp((static_cast<double>(x.logit) - max) * r);
   }
 
   // The shortest prefix of all ids that has the share p of the mass. Weights are formed once; then a bracket of the cut is halved
   // until few ids lie inside of it, and those alone are compared.
   void take_mass(const S* z, double p, S max, double r) {
     if (n_ <= kSmallRow) {
-      collect(z, -kInf<S>, max, r);
+      collect(z, n_, own_, -kInf<S>, kept_);
+      weigh_kept(max, r);
       return cut_at_mass(p * mass());
     }
     const double wanted = p * weigh(z, max, static_cast<S>(r));
@@ -237,8 +149,9 @@ template <class S> class Row {
       if (part.mass < wanted) above_ = bound(middle), over = part, high = middle;
       else below = part, low = middle;
     }
-    collect(z, bound(low), max, r);
+    collect(z, n_, own_, bound(low), kept_);
     kept_.erase(std::remove_if(kept_.begin(), kept_.end(), [&](const Kept<S>& x) { return x.logit >= above_; }), kept_.end());
+    weigh_kept(max, r);
     cut_at_mass(wanted - over.mass);
   }
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from kd_kernels import _backend, _check, products
+from kd_kernels import _backend, _check
 from kd_kernels.logits import Logits, check_dense, leading_shape, vocab
 from kd_kernels.loss.plan import pack
-from kd_kernels.sampling import driver, philox
+from kd_kernels.sampling import driver
+from kd_kernels.sampling.arguments import CHECKS, PURPOSES, Rows, autocast_name, check_budget, check_vocab
 from kd_kernels.sampling.driver import IMPLEMENTATIONS, Call
-
-CHECKS = ("raise", "flag")
-PURPOSES = {"draw": philox.RACE, "resample": philox.RESAMPLE_RACE}
 
 
 @dataclass(frozen=True)
@@ -101,92 +97,19 @@ def sample(
     where = "sample"
     check_dense(where, logits)
     shape, device, columns = leading_shape(logits), logits.device, vocab(logits)
-    rows = _Rows(where, shape, device)
-    temperature = rows.numbers("temperature", temperature, 0.0, math.inf)
-    top_p, min_p = rows.numbers("top_p", top_p, 0.0, 1.0), rows.numbers("min_p", min_p, 0.0, 1.0)
-    top_k, seeds = rows.top_k(top_k), rows.seeds(seed)
-    keys = rows.counted() if keys is None else rows.tensor("keys", keys)
-    positions = rows.filled(0) if positions is None else rows.tensor("positions", positions)
+    rows = Rows(where, shape, device)
+    place, warp = rows.place(seed, keys, positions), rows.warp(temperature, top_k, top_p, min_p)
     _check.one_of(where, "check", check, CHECKS)
     _check.one_of(where, "purpose", purpose, tuple(PURPOSES))
-    _check_budget(where, max_scratch_bytes)
+    check_budget(where, max_scratch_bytes)
     chosen = _backend.choose(where, backend, device, tuple(IMPLEMENTATIONS))
     tensors, description = pack(logits)
-    _check_vocab(where, chosen, columns, tensors)
+    check_vocab(where, chosen, columns, tensors)
     if check == "raise":
         _backend.check_not_capturing(where, "check", '"flag"', '"raise"', "look for ids of -1 after the replay")
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     call = Call(
-        where, description, columns, PURPOSES[purpose], bool(return_stats), check,
-        "" if autocast is None else str(autocast).removeprefix("torch."), max_scratch_bytes, chosen,
+        where, "logits", description, columns, PURPOSES[purpose], bool(return_stats), check, autocast_name(device),
+        max_scratch_bytes, chosen,
     )
-    found = driver.run([t.detach() for t in tensors], call, temperature, seeds, keys, positions, top_k, top_p, min_p)
+    found = driver.run([t.detach() for t in tensors], call, place, warp)
     return Sampled(*(None if x is None else x.reshape(shape) for x in found))
-
-
-def _check_vocab(where: str, backend: str, columns: int, tensors: list[Tensor]) -> None:
-    if backend == "triton":
-        _backend.check_triton_takes(where, columns, *tensors)
-    if columns > _backend.MAX_VOCAB:
-        _check.fail(where, "the vocabulary", f"at most {_backend.MAX_VOCAB}, whose groups the counter can tell apart", columns)
-
-
-def _check_budget(where: str, max_scratch_bytes: object) -> None:
-    if max_scratch_bytes is not None and (isinstance(max_scratch_bytes, bool) or not isinstance(max_scratch_bytes, int)):
-        _check.fail_type(where, "max_scratch_bytes", "a number of bytes (int)", type(max_scratch_bytes).__name__)
-
-
-class _Rows:
-    """Checks per-row arguments, and makes a flat tensor of each."""
-
-    def __init__(self, where: str, shape: torch.Size, device: torch.device) -> None:
-        self.where, self.shape, self.device = where, shape, device
-        self.count = math.prod(shape)
-
-    def filled(self, value: int | float, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.full((self.count,), value, dtype=dtype, device=self.device)
-
-    def counted(self) -> Tensor:
-        return torch.arange(self.count, device=self.device)
-
-    def tensor(self, name: str, value: object) -> Tensor:
-        """int64 ``[N]`` from integers of the rows' shape."""
-        return self._flat(name, _check.integral(self.where, name, value)).long()
-
-    def numbers(self, name: str, value: object, least: float, most: float) -> Tensor | None:
-        """fp64 ``[N]``, or None; a number is checked, the values of a tensor are not."""
-        if value is None and name != "temperature":
-            return None
-        if isinstance(value, Tensor):
-            return self._flat(name, _check.floating(self.where, name, value)).double()
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            _check.fail_type(self.where, name, "a number or a tensor", type(value).__name__)
-        if not least <= value <= most:
-            _check.fail(self.where, name, "at least 0" if most == math.inf else f"in {least:g}..{most:g}", value)
-        return self.filled(value, torch.float64)
-
-    def top_k(self, value: object) -> Tensor | None:
-        if value is None or isinstance(value, Tensor):
-            return None if value is None else self.tensor("top_k", value)
-        if self._int("top_k", value) < 1:
-            _check.fail(self.where, "top_k", "at least 1", value, "pass None to keep all")
-        return self.filled(min(value, _backend.MAX_VOCAB))
-
-    def seeds(self, value: object) -> Tensor:
-        """Unsigned 64 bits are taken as they are."""
-        if isinstance(value, Tensor):
-            return self.tensor("seed", value)
-        if not -(1 << 63) <= self._int("seed", value) < 1 << 64:
-            _check.fail(self.where, "seed", "of 64 bits", value)
-        return self.filled(value - (1 << 64) if value >= 1 << 63 else value)
-
-    def _int(self, name: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            _check.fail_type(self.where, name, "an int or a tensor", type(value).__name__)
-        return value
-
-    def _flat(self, name: str, value: Tensor) -> Tensor:
-        if value.shape != self.shape:
-            _check.fail(self.where, name, f"of shape {list(self.shape)} like the rows of logits", list(value.shape))
-        _check.same_device(self.where, name, value, self.device)
-        return value.reshape(-1)

@@ -6,7 +6,7 @@ import ast
 import functools
 import importlib
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from kd_kernels import _backend, _check, products
 from kd_kernels.logits import Logits
 from kd_kernels.loss.plan import unpack
+from kd_kernels.sampling.arguments import Place, Warp
 from kd_kernels.sampling.reference import Request, RowSamples
 
 IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl"}
@@ -28,6 +29,7 @@ class Call(NamedTuple):
     """One call without its tensors. It travels as a string, as :class:`kd_kernels.loss.plan.Plan` does."""
 
     where: str  # the public function, for messages
+    argument: str  # its name for the noun
     noun: tuple  # as ``plan.pack`` describes it
     columns: int
     race: int
@@ -55,11 +57,13 @@ def inverse_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run(
-    logits: list[Tensor], call: Call, temperature: Tensor, seeds: Tensor, keys: Tensor, positions: Tensor,
-    top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, given: Tensor | None = None,
+    logits: list[Tensor], call: Call, place: Place, warp: Warp, given: Tensor | None = None, rows: Tensor | None = None,
 ) -> RowSamples:
-    """Samples of N rows, ``[N]`` each. ``logits`` is the noun's tensors; the others are ``[N]``, checked but for their values."""
-    entropy_and_lse = _sample(logits, temperature, seeds, keys, positions, top_k, top_p, min_p, given, repr(tuple(call)))
+    """Samples ``[N]``. ``logits`` is the noun's tensors; place, warp and ``given`` are ``[N]``, checked but for their values.
+
+    ``given`` ids (int64) are scored, and nothing is drawn. ``rows`` (int64 ``[N]``): of those rows of the noun alone.
+    """
+    entropy_and_lse = _sample(logits, *place, *warp, given, rows, repr(tuple(call)))
     return RowSamples(*entropy_and_lse, *(None,) * (5 - len(entropy_and_lse)))
 
 
@@ -71,34 +75,28 @@ def _allocate(logits: list[Tensor], count: int, stats: bool) -> list[Tensor]:
 
 @torch.library.custom_op("kd_kernels::sample", mutates_args=())
 def _sample(
-    logits: list[Tensor], temperature: Tensor, seeds: Tensor, keys: Tensor, positions: Tensor, top_k: Tensor | None,
-    top_p: Tensor | None, min_p: Tensor | None, given: Tensor | None, call_text: str,
+    logits: list[Tensor], seeds: Tensor, keys: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None,
+    top_p: Tensor | None, min_p: Tensor | None, given: Tensor | None, picked: Tensor | None, call_text: str,
 ) -> list[Tensor]:
     """Ids, log-probabilities, those of the model, and with ``stats`` entropy and lse, ``[N]`` each."""
     call = _read(call_text)
     noun = products.flattened(unpack(logits, call.noun))  # type: ignore[arg-type]
     count, device, dtype = seeds.shape[0], seeds.device, products.work_dtype(*logits)
-    values = {
-        "temperature": (temperature, temperature >= 0, "at least 0"),
-        "top_k": (top_k, None if top_k is None else top_k >= 1, "at least 1"),
-        "top_p": (top_p, None if top_p is None else (top_p >= 0) & (top_p <= 1), "in 0..1"),
-        "min_p": (min_p, None if min_p is None else (min_p >= 0) & (min_p <= 1), "in 0..1"),
-        "positions": (positions, (positions >= 0) & (positions < 1 << 32), f"in 0..{(1 << 32) - 1}"),
-        "ids": (given, None if given is None else (given >= 0) & (given < call.columns), f"in 0..V-1={call.columns - 1}"),
-    }
+    warp = Warp(temperature, top_k, top_p, min_p)
+    values = valid_warp(warp) | valid_positions(positions)
     if device.type == "cpu":
-        _check_values(call.where, values)
+        check_values(call.where, values)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         rows_of, out = implementation(call.backend), RowSamples(*_padded(_allocate(logits, count, call.stats)))
         autocast = getattr(torch, call.autocast) if call.autocast else None
-        rows = products.source(noun, None, dtype, autocast=autocast, native=rows_of.NATIVE)
+        rows = products.source(noun, picked, dtype, autocast=autocast, native=rows_of.NATIVE)
         own_bytes_per_row, own_fixed_bytes = rows_of.scratch(call.columns, dtype)
         step = products.rows_per_chunk(
             call.where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes,
             call.max_scratch_bytes, device,
         )
         rows.open(min(step, max(count, 1)))
-        is_valid = functools.reduce(torch.logical_and, [valid for _, valid, _ in values.values() if valid is not None])
+        is_valid = functools.reduce(torch.logical_and, [valid for _, valid, _ in values.values()])
         inverse = torch.where(is_valid, inverse_temperature(temperature, dtype), torch.nan)
         request = (seeds, keys, positions, inverse, top_k, top_p, min_p, given)
         for begin in range(0, count, step):
@@ -107,12 +105,12 @@ def _sample(
             chunk_out = RowSamples(*(None if x is None else x[here] for x in out))
             rows_of.sample_rows(rows.chunk(here.start, here.stop), Request(*part, call.race), chunk_out)
         if call.check == "raise":
-            _check_rows(call, out.ids, values, noun, dtype, autocast)
+            _check_rows(call, out.ids, values, noun, picked, dtype, autocast)
     return [x for x in out if x is not None]
 
 
 @_sample.register_fake
-def _(logits, temperature, seeds, keys, positions, top_k, top_p, min_p, given, call_text):
+def _(logits, seeds, keys, positions, temperature, top_k, top_p, min_p, given, picked, call_text):
     return _allocate(logits, seeds.shape[0], _read(call_text).stats)
 
 
@@ -120,28 +118,54 @@ def _padded(tensors: list[Tensor]) -> list[Tensor | None]:
     return [*tensors, *(None,) * (5 - len(tensors))]
 
 
-def _check_values(where: str, values: dict[str, tuple[Tensor | None, Tensor | None, str]]) -> None:
+Values = dict[str, tuple[Tensor, Tensor, str]]
+"""By the name of a per-row argument: its values, which of them are valid, and what they must be."""
+
+
+def valid_positions(positions: Tensor) -> Values:
+    return {"positions": (positions, (positions >= 0) & (positions < 1 << 32), f"in 0..{(1 << 32) - 1}")}
+
+
+def valid_warp(warp: Warp, prefix: str = "") -> Values:
+    """Of the per-row arguments whose names have the prefix."""
+    rules = {
+        "temperature": (warp.temperature, lambda x: x >= 0, "at least 0"),
+        "top_k": (warp.top_k, lambda x: x >= 1, "at least 1"),
+        "top_p": (warp.top_p, lambda x: (x >= 0) & (x <= 1), "in 0..1"),
+        "min_p": (warp.min_p, lambda x: (x >= 0) & (x <= 1), "in 0..1"),
+    }
+    return {prefix + name: (x, rule(x), requirement) for name, (x, rule, requirement) in rules.items() if x is not None}
+
+
+def check_values(where: str, values: Values) -> None:
     """Raise for the first per-row argument that is out of range."""
     for name, (given, valid, requirement) in values.items():
-        if valid is not None and not bool(valid.all()):
+        if not bool(valid.all()):
             row = int((~valid).nonzero()[0])
             _check.fail(where, name, requirement, f"{given[row].item()} in row {row}")
 
 
 def _check_rows(
-    call: Call, ids: Tensor, values: dict[str, tuple[Tensor | None, Tensor | None, str]], noun: Logits, dtype: torch.dtype,
+    call: Call, ids: Tensor, values: Values, noun: Logits, picked: Tensor | None, dtype: torch.dtype,
     autocast: torch.dtype | None,
 ) -> None:
-    """Raise for the first row that has no id, and say why. Its logits are formed again. One synchronisation on a GPU."""
+    """Raise for the first row that has no id. One synchronisation on a GPU."""
     if ids.numel() == 0 or ids.min() >= 0:
         return
-    _check_values(call.where, values)
+    check_values(call.where, values)
     row = (ids < 0).nonzero()[0]
+    fail_row(
+        call.where, call.argument, noun, row if picked is None else picked[row], dtype, autocast,
+        'look for an overflow in the model, leave out rows that are padding, or pass check="flag" for an id of -1',
+    )
+
+
+def fail_row(
+    where: str, argument: str, noun: Logits, row: Tensor, dtype: torch.dtype, autocast: torch.dtype | None, remedy: str,
+) -> NoReturn:
+    """Say why a row (int64 ``[1]``) is no distribution. Its logits are formed again."""
     rows = products.source(noun, row, dtype, autocast=autocast)
     rows.open(1)
     z = rows.chunk(0, 1).logits()
     fault = "NaN" if bool(z.isnan().any()) else "+inf" if bool((z == torch.inf).any()) else "-inf at every id"
-    _check.fail(
-        call.where, "logits", "free of NaN and +inf, with a finite logit in every row", f"{fault} in row {int(row)}",
-        'look for an overflow in the model, leave out rows that are padding, or pass check="flag" for an id of -1',
-    )
+    _check.fail(where, argument, "free of NaN and +inf, with a finite logit in every row", f"{fault} in row {int(row)}", remedy)

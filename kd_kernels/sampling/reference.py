@@ -45,6 +45,26 @@ class RowSamples(NamedTuple):
     lse: Tensor | None
 
 
+class TargetRequest(NamedTuple):
+    """What ``sampled_targets`` wants of C rows."""
+
+    seeds: Tensor  # int64 [C], as the next two
+    keys: Tensor
+    positions: Tensor
+    inverse: float  # 1 / proposal temperature, a number of the work dtype
+    draws: int  # in each row
+    certain: int  # so many ids are taken, and not drawn
+
+
+class RowTargets(NamedTuple):
+    """Where the entries of C rows go: rectangles of width W >= min(draws + certain, V), of which a row fills the beginning."""
+
+    counts: Tensor  # int64 [C]: entries of each row; -1: no distribution
+    ids: Tensor  # int64 [C, W], by falling logit, the lower id first
+    logprobs: Tensor  # work dtype [C, W], the model's own
+    importance: Tensor  # work dtype [C, W]
+
+
 COPIES = 14
 """Temporaries of 8 bytes a logit that are held at once: the sort, its indices, masses, the words of the groups."""
 
@@ -55,6 +75,11 @@ NATIVE = False
 def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that a row, and that any number of rows, takes beside the logits."""
     return COPIES * 8 * columns, 0
+
+
+def target_scratch(columns: int, request: TargetRequest, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a row, and that any number of rows, takes beside the logits and the rectangles."""
+    return 8 * (COPIES * columns + request.draws * 4 * GROUP + 12 * (request.draws + request.certain)), 0
 
 
 def kept(z: Tensor, inverse: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
@@ -146,3 +171,69 @@ def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
         entropy = -torch.where(logq > -torch.inf, logq.exp() * logq, 0.0).sum(1)
         out.entropy.copy_(torch.where(is_whole, entropy, torch.nan))
         out.lse.copy_(torch.where(is_whole, peak.double() + model_log_sum, torch.nan))
+
+
+def warped(z: Tensor, inverse: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
+    """fp64 ``[C, V]``: log-probabilities of rows, tempered and cut."""
+    peak, best = z.max(1)
+    is_greedy = inverse == torch.inf
+    inverse = torch.where(is_greedy, 1.0, inverse)
+    logits = (z.double() - peak.double()[:, None]) * inverse.double()[:, None]
+    if any(filter is not None for filter in (top_k, top_p, min_p)):
+        logits = logits.masked_fill(~kept(z, inverse, top_k, top_p, min_p), -torch.inf)
+    greedy = torch.full_like(logits, -torch.inf).scatter_(1, best[:, None], 0.0)
+    return torch.where(is_greedy[:, None], greedy, logits.log_softmax(1))
+
+
+def _drawn_with_replacement(z: Tensor, request: TargetRequest, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids ``[C, draws]`` of logits ``[C, G, 128]``; of each row, the maximum and the mass relative to it, fp64 ``[C, 1]``."""
+    top, total = group_sums(z, inverse)
+    peak = top.amax(1, keepdim=True).double()
+    mass = ((top.double() - peak) * request.inverse).exp() * total.double()
+    upto = mass.cumsum(1)
+    number = torch.arange(request.draws, device=z.device)
+    places = (x[:, None] for x in (request.seeds, request.keys, request.positions))
+    u = philox.fine_uniform(philox.words(*places, philox.TARGETS, 0, number)[..., :2])
+    target = u * upto[:, -1:]
+    group = torch.searchsorted(upto, target, right=True).clamp(max=z.shape[1] - 1)
+    before = F.pad(upto, (1, 0)).gather(1, group)
+    row = torch.arange(z.shape[0], device=z.device)[:, None]
+    weight = ((z[row, group].double() - top.gather(1, group).double()[..., None]) * request.inverse).exp()
+    running = weight.cumsum(2)
+    passed = running > ((target - before) / mass.gather(1, group))[..., None] * running[..., -1:]
+    last = GROUP - 1 - (weight > 0).int().flip(2).argmax(2)
+    return group * GROUP + torch.where(passed.any(2), passed.int().argmax(2), last), peak, upto[:, -1:]
+
+
+def target_rows(rows: RawRows, request: TargetRequest, out: RowTargets) -> None:
+    """Draws and counts for a chunk."""
+    z = rows.logits()
+    peak = z.amax(1)
+    is_whole = peak.abs() < torch.inf
+    z = torch.where(is_whole[:, None], z, 0.0)
+    one, inverse = torch.ones_like(peak), torch.full_like(peak, request.inverse)
+    sure = z.double().sort(dim=1, descending=True, stable=True).indices[:, : request.certain]
+    left = z.scatter(1, sure, -torch.inf)
+    has_left = left.amax(1, keepdim=True) > -torch.inf
+    drawn, top, mass = _drawn_with_replacement(grouped(torch.where(has_left, left, 0.0)), request, inverse)
+
+    # Equal draws are neighbours once they are sorted: the first of each has the count of all.
+    drawn = drawn.clamp(max=z.shape[1] - 1).sort(1).values
+    is_first = F.pad(drawn.diff(dim=1) != 0, (1, 0), value=True)
+    slot = is_first.cumsum(1) - 1
+    times = torch.zeros_like(drawn).scatter_add_(1, slot, torch.ones_like(drawn)).gather(1, slot)
+    proposal = ((z.gather(1, drawn).double() - top) * request.inverse).exp() / mass
+    importance = times / (request.draws * proposal)
+
+    ids = torch.cat([sure, drawn], 1)
+    importance = torch.cat([torch.ones_like(sure, dtype=torch.float64), importance], 1)
+    logits = z.gather(1, ids)
+    is_entry = torch.cat([torch.ones_like(sure, dtype=torch.bool), is_first & has_left], 1) & (logits > -torch.inf)
+    by_id = ids.argsort(1)
+    falling = logits.masked_fill(~is_entry, -torch.inf).gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    order = by_id.gather(1, falling.indices)[:, : out.ids.shape[1]]
+    model_log_sum = log_sum(*group_sums(grouped(z), one), one)[:, None]
+    out.counts.copy_(torch.where(is_whole, is_entry.sum(1), -1))
+    out.ids.copy_(ids.gather(1, order))
+    out.logprobs.copy_((logits.gather(1, order) - z.amax(1, keepdim=True)).double() - model_log_sum)
+    out.importance.copy_(importance.gather(1, order))

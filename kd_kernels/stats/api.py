@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,13 +10,12 @@ from torch import Tensor
 import kd_kernels.loss  # noqa: F401  (registers loss_per_token_backward, which is the gradient of a log-probability)
 from kd_kernels import _backend, _check, products
 from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, check_dense, leading_shape, vocab
-from kd_kernels.loss import driver
+from kd_kernels.loss import driver as loss_driver
 from kd_kernels.loss.plan import Plan, pack, read, unpack
-from kd_kernels.stats.reference import RowStats
+from kd_kernels.stats import driver
+from kd_kernels.stats.driver import IMPLEMENTATIONS
 
 WHERE = "token_stats"
-IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
-"""By backend, the module with its ``stat_rows``; imported when the backend first runs."""
 
 NO_ID = torch.iinfo(torch.int64).min
 """Stands where ``kd_loss`` has its ``ignore_index``: here no row is ignored."""
@@ -137,47 +134,30 @@ def _check_arguments(logits: object, k: object, max_scratch_bytes: object) -> No
         _check.fail(WHERE, "k", "at least 1", k)
 
 
-def _implementation(backend: str) -> ModuleType:
-    return importlib.import_module(f"kd_kernels.stats.{IMPLEMENTATIONS[backend]}")
-
-
-def _empty(logits: list[Tensor], count: int) -> RowStats:
-    dtype = products.work_dtype(*logits)
-    return RowStats(*(logits[0].new_empty(count, dtype=d) for d in (dtype,) * 4 + (torch.int64,) * 2))
-
-
 @torch.library.custom_op("kd_kernels::token_stats", mutates_args=())
 def _token_stats(logits: list[Tensor], ids: Tensor, plan_text: str) -> list[Tensor]:
     """The fields of :class:`RowStats`, ``[N]`` each."""
     plan = read(plan_text)
     noun = products.flattened(unpack(logits, plan.student))  # type: ignore[arg-type]
-    ids, count, device = ids.contiguous(), ids.shape[0], ids.device
-    if device.type == "cpu":
+    is_cpu = ids.device.type == "cpu"
+    if is_cpu:
         _check_ids(ids, plan.columns)
-    with torch.autocast(device.type, enabled=False):
-        implementation, dtype = _implementation(plan.backend), products.work_dtype(*logits)
-        rows = products.source(noun, None, dtype, autocast=plan.autocast_dtype, native=implementation.NATIVE)
-        own_bytes_per_row, own_fixed_bytes = implementation.scratch(plan.columns, dtype)
-        step = products.rows_per_chunk(
-            WHERE, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes,
-            plan.max_scratch_bytes, device,
-        )
+
+    def check_source(rows: products.Source) -> None:
         if any(plan.needs_grad):
-            driver.check_gradient_fits(plan, noun, rows)  # now, not after the model's own backward has begun
-        out = _empty(logits, count)
-        rows.open(min(step, max(count, 1)))
-        for begin in range(0, count, step):
-            here = slice(begin, min(begin + step, count))
-            chunk = rows.chunk(here.start, here.stop)
-            implementation.stat_rows(chunk, ids[here], RowStats(*(field[here] for field in out)))
-            if device.type == "cpu":
-                _check_rows(out.argmax[here], begin, chunk)
-    return list(out)
+            loss_driver.check_gradient_fits(plan, noun, rows)  # now, not after the model's own backward has begun
+
+    return list(
+        driver.walk(
+            WHERE, noun, ids, autocast=plan.autocast_dtype, max_scratch_bytes=plan.max_scratch_bytes, backend=plan.backend,
+            check_source=check_source, check_rows=_check_rows if is_cpu else None,
+        )
+    )
 
 
 @_token_stats.register_fake
 def _(logits: list[Tensor], ids: Tensor, plan_text: str) -> list[Tensor]:
-    return list(_empty(logits, ids.shape[0]))
+    return list(driver.empty(logits, ids.shape[0]))
 
 
 def _check_ids(ids: Tensor, columns: int) -> None:

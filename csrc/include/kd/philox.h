@@ -48,4 +48,10 @@ struct Place {
 // A word as a number of (0, 1): the middle of its 2^-32, exactly.
 KD_HOST_DEVICE inline double uniform(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 
+// The first two words as one number of (0, 1): the middle of its 2^-52, exactly; the 12 lowest bits are not used.
+KD_HOST_DEVICE inline double fine_uniform(const Words& words) {
+  const uint64_t high = static_cast<uint64_t>(words.w[0]) << 20 | words.w[1] >> 12;
+  return (static_cast<double>(high) + 0.5) * 0x1p-52;
+}
+
 }  // namespace kd

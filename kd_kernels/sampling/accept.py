@@ -1,0 +1,216 @@
+"""``accept_or_resample``: what a teacher makes of a student's drafts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd_kernels import _backend, _check, products
+from kd_kernels.logits import Logits, check_dense, leading_shape, vocab
+from kd_kernels.loss.plan import pack
+from kd_kernels.sampling import driver, philox, residual
+from kd_kernels.sampling.arguments import CHECKS, Place, Rows, Warp, autocast_name, check_budget, check_vocab
+from kd_kernels.sampling.driver import IMPLEMENTATIONS, Call
+from kd_kernels.stats import driver as stats
+
+WHERE = "accept_or_resample"
+RULES = ("top_k", "speculative")
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What :func:`accept_or_resample` returns, of the rows' shape; log-probabilities in fp32 (fp64 if an input is), nats.
+
+    Attributes:
+        ids: int64, the draft where it was accepted, what was drawn in its place where not; -1 where a row is no distribution
+            and ``check="flag"``.
+        accepted: bool.
+        logprobs: of ``ids`` under the teacher's distribution, tempered and cut. NaN where rule "top_k" accepted a draft:
+            such an id was not drawn from it.
+        model_logprobs: of ``ids`` under the teacher's own distribution: temperature 1, no filter.
+        rank: int64, how many ids the teacher finds likelier than the draft (as :class:`TokenStats`); None under
+            "speculative".
+    """
+
+    ids: Tensor
+    accepted: Tensor
+    logprobs: Tensor
+    model_logprobs: Tensor
+    rank: Tensor | None = None
+
+
+def accept_or_resample(
+    drafts: Tensor, teacher: Logits, rule: str = "top_k", *, k: int | None = None, student: Logits | None = None,
+    temperature: float | Tensor = 1.0, top_k: int | Tensor | None = None, top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None, student_temperature: float | Tensor = 1.0, student_top_k: int | Tensor | None = None,
+    student_top_p: float | Tensor | None = None, student_min_p: float | Tensor | None = None, seed: int | Tensor,
+    keys: Tensor | None = None, positions: Tensor | None = None, check: str = "raise", max_scratch_bytes: int | None = None,
+    backend: str | None = None,
+) -> Accepted:
+    """A student's tokens where the teacher accepts them, and tokens of the teacher's where it does not.
+
+    rule="top_k"
+        Speculative knowledge distillation: a draft is accepted if fewer than ``k`` ids have larger logits of the teacher's
+        (ties to the lower id), tempered by nothing and cut by nothing. Else the id is drawn from the teacher's distribution,
+        tempered and cut. ``k = 0`` accepts nothing, ``k >= V`` all.
+    rule="speculative"
+        Speculative sampling: with p and q the distributions of teacher and student, each tempered and cut as they are drawn
+        from, a draft is accepted with probability min(1, p/q), and else replaced by a draw from max(p - q, 0), normalised. If
+        drafts are distributed as q, the ids are distributed as p.
+
+    Rows are independent: the caller who tests several drafts of one sequence discards what follows the first that was refused.
+    Only refused rows are drawn anew; they are gathered first. A replacement is the draw of ``sample(..., purpose="resample")``
+    at the row's seed, key and position, whichever other rows were refused, and shares no words with the draft's own draw nor
+    with its test (``DRAWS.md`` beside this file, section 7).
+
+    Args:
+        drafts: int64 or int32, ids in 0..V-1, of the rows' shape.
+        teacher: ``[..., V]`` or what stands for it; fp32, bf16, fp16 or fp64.
+        k: of rule "top_k", at least 0. 25 in the paper.
+        student: of rule "speculative", what the drafts were drawn from: of the teacher's rows and vocabulary.
+        temperature, top_k, top_p, min_p: of the teacher, as in :func:`sample`.
+        student_temperature, ...: likewise of the student; rule "speculative" alone.
+        seed, keys, positions, check, max_scratch_bytes: as in :func:`sample`.
+        backend: "cpp" (CPU), "reference" (any device), or None: by device.
+
+    Returns:
+        :class:`Accepted`, without gradient, on the device of ``teacher``. N = 0 gives empty ones.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or does not belong to the rule; with ``check="raise"`` a row of
+            either model with NaN or +inf, or with -inf alone.
+        RuntimeError: the backend does not exist here, or while a CUDA graph is captured: how many rows are refused depends
+            on the data.
+
+    Numerics: as :func:`sample` and :func:`token_stats`. p - q is taken in fp64. Where rounding leaves max(p - q, 0) without any
+    id (p = q), the id is drawn from p.
+
+    Cost: "top_k", a product of the head and a reading of the logits for all N rows, and both again for the refused ones.
+    "speculative", likewise for both models; a refused row also takes about 250 V bytes of fp64 temporaries in torch operations,
+    and two sorts where there are filters. Waits for a GPU twice.
+
+    Source: Xu et al. 2024, "Speculative Knowledge Distillation", arXiv 2410.11325, algorithm 1; Leviathan et al. 2022, "Fast
+    Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1.
+    """
+    if torch.compiler.is_compiling():  # sizes depend on the data
+        return torch.compiler.disable(accept_or_resample)(
+            drafts, teacher, rule, k=k, student=student, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            student_temperature=student_temperature, student_top_k=student_top_k, student_top_p=student_top_p,
+            student_min_p=student_min_p, seed=seed, keys=keys, positions=positions, check=check,
+            max_scratch_bytes=max_scratch_bytes, backend=backend,
+        )
+    check_dense(WHERE, teacher)
+    _check.one_of(WHERE, "rule", rule, RULES)
+    shape, device, columns = leading_shape(teacher), teacher.device, vocab(teacher)
+    rows = Rows(WHERE, shape, device)
+    drafts = rows.tensor("drafts", drafts)
+    place, warp = rows.place(seed, keys, positions), rows.warp(temperature, top_k, top_p, min_p)
+    student_warp = rows.warp(student_temperature, student_top_k, student_top_p, student_min_p, "student_")
+    _check.one_of(WHERE, "check", check, CHECKS)
+    check_budget(WHERE, max_scratch_bytes)
+    nouns = [teacher]
+    if rule == "top_k":
+        given = (student_temperature, student_top_k, student_top_p, student_min_p)
+        _check_top_k(k, student is not None or any(x is not y for x, y in zip(given, (1.0, None, None, None))))
+    else:
+        _check_student(k, student, teacher)
+        nouns.append(student)
+    chosen = _backend.choose(WHERE, backend, device, tuple(IMPLEMENTATIONS))
+    for noun in nouns:
+        check_vocab(WHERE, chosen, columns, products.tensors_of(noun))
+    _backend.check_not_capturing(WHERE, "the call", "made outside", "a capture", "how many rows are refused depends on the data")
+    values = {"drafts": (drafts, (drafts >= 0) & (drafts < columns), f"in 0..V-1={columns - 1}")}
+    values |= driver.valid_positions(place.positions) | driver.valid_warp(warp) | driver.valid_warp(student_warp, "student_")
+    driver.check_values(WHERE, values)
+    options = _Options(check, autocast_name(device), max_scratch_bytes, chosen)
+    with torch.no_grad():
+        if rule == "top_k":
+            found = _test_rank(drafts, teacher, k, place, warp, options)
+        else:
+            found = _test_ratio(drafts, teacher, student, place, warp, student_warp, options)
+    return Accepted(*(None if x is None else x.reshape(shape) for x in found))
+
+
+def _check_top_k(k: object, has_student: bool) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        _check.fail_type(WHERE, "k", 'an int for rule="top_k"', type(k).__name__)
+    if k < 0:
+        _check.fail(WHERE, "k", "at least 0", k)
+    if has_student:
+        _check.fail(
+            WHERE, "student and its sampling", 'left out for rule="top_k"', "a student or its temperature, top_k, top_p or min_p",
+            "the test looks at the teacher alone",
+        )
+
+
+def _check_student(k: object, student: object, teacher: Logits) -> None:
+    if k is not None:
+        _check.fail(WHERE, "k", 'None for rule="speculative"', k, "pass top_k=... to cut the teacher's distribution")
+    if student is None:
+        _check.fail(WHERE, "student", 'given for rule="speculative"', None, "it says what the drafts were drawn from")
+    check_dense(WHERE, student)
+    if leading_shape(student) != leading_shape(teacher) or vocab(student) != vocab(teacher):
+        shapes = [[*leading_shape(noun), vocab(noun)] for noun in (teacher, student)]
+        _check.fail(WHERE, "student", f"of shape {shapes[0]} like the teacher", shapes[1], "give a padded one valid_vocab")
+    _check.same_device(WHERE, "student", student, teacher.device)
+
+
+class _Options(NamedTuple):
+    check: str
+    autocast: str
+    max_scratch_bytes: int | None
+    backend: str
+
+    def call(self, argument: str, noun: Logits) -> tuple[list[Tensor], Call]:
+        tensors, description = pack(noun)
+        race = philox.RESAMPLE_RACE
+        call = Call(WHERE, argument, description, vocab(noun), race, False, *self)
+        return [t.detach() for t in tensors], call
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.autocast) if self.autocast else None
+
+
+def _of(rows: Tensor, fields: NamedTuple) -> NamedTuple:
+    return type(fields)(*(None if x is None else x[rows] for x in fields))
+
+
+def _test_rank(drafts: Tensor, teacher: Logits, k: int, place: Place, warp: Warp, options: _Options) -> tuple:
+    """The fields of :class:`Accepted`, ``[N]``."""
+    found = stats.walk(
+        WHERE, products.flattened(teacher), drafts, autocast=options.autocast_dtype,
+        max_scratch_bytes=options.max_scratch_bytes, backend=options.backend,
+    )
+    accepted = (found.rank >= 0) & (found.rank < k)
+    refused = (~accepted).nonzero()[:, 0]
+    drawn = driver.run(*options.call("teacher", teacher), _of(refused, place), _of(refused, warp), rows=refused)
+    logprobs = torch.full_like(found.logprob, torch.nan).index_copy_(0, refused, drawn.logprobs)
+    return (
+        drafts.index_copy(0, refused, drawn.ids), accepted, logprobs,
+        found.logprob.index_copy(0, refused, drawn.model_logprobs), found.rank,
+    )
+
+
+def _test_ratio(
+    drafts: Tensor, teacher: Logits, student: Logits, place: Place, warp: Warp, student_warp: Warp, options: _Options,
+) -> tuple:
+    """The fields of :class:`Accepted`, ``[N]``."""
+    dtype = products.work_dtype(*products.tensors_of(teacher), *products.tensors_of(student))
+    of_teacher = driver.run(*options.call("teacher", teacher), place, warp, given=drafts)
+    of_student = driver.run(*options.call("student", student), place, student_warp, given=drafts)
+    p, q = of_teacher.logprobs.double(), of_student.logprobs.double()
+    u = philox.fine_uniform(philox.words(*place, philox.ACCEPT)[..., :2])
+    accepted = (p > -torch.inf) & (u.log() <= p - q)
+    is_whole = (of_teacher.ids >= 0) & (of_student.ids >= 0)
+    refused = (is_whole & ~accepted).nonzero()[:, 0]
+    drawn = residual.draw(
+        WHERE, products.flattened(teacher), products.flattened(student), refused, _of(refused, place),
+        _of(refused, warp), _of(refused, student_warp), dtype, options.autocast_dtype, options.max_scratch_bytes, options.backend,
+    )
+    fill = lambda x, new: torch.where(is_whole, x, torch.nan).to(dtype).index_copy_(0, refused, new)  # noqa: E731
+    ids = torch.where(is_whole, drafts, -1).index_copy_(0, refused, drawn.ids)
+    return ids, accepted, fill(of_teacher.logprobs, drawn.logprobs), fill(of_teacher.model_logprobs, drawn.model_logprobs), None

@@ -1,0 +1,60 @@
+"""From a noun and an id a row to statistics: the walk over chunks of rows."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from kd_kernels import products
+from kd_kernels.logits import Logits, vocab
+from kd_kernels.products import RawRows, Source
+from kd_kernels.stats.reference import RowStats
+
+IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
+"""By backend, the module with its ``stat_rows``; imported when the backend first runs."""
+
+
+def implementation(backend: str) -> ModuleType:
+    return importlib.import_module(f"kd_kernels.stats.{IMPLEMENTATIONS[backend]}")
+
+
+def empty(logits: list[Tensor], count: int) -> RowStats:
+    dtype = products.work_dtype(*logits)
+    return RowStats(*(logits[0].new_empty(count, dtype=d) for d in (dtype,) * 4 + (torch.int64,) * 2))
+
+
+def walk(
+    where: str, noun: Logits, ids: Tensor, *, autocast: torch.dtype | None, max_scratch_bytes: int | None, backend: str,
+    check_source: Callable[[Source], None] = lambda source: None,
+    check_rows: Callable[[Tensor, int, RawRows], None] | None = None,
+) -> RowStats:
+    """Statistics of all rows of a noun with one leading dimension.
+
+    ``check_source`` comes before anything is allocated; ``check_rows`` sees of each chunk the argmax (-1: a row without a
+    normaliser), the number of its first row, and the logits.
+    """
+    ids, count, columns = ids.contiguous(), ids.shape[0], vocab(noun)
+    tensors = products.tensors_of(noun)
+    dtype = products.work_dtype(*tensors)
+    with torch.autocast(ids.device.type, enabled=False):
+        rows_of = implementation(backend)
+        rows = products.source(noun, None, dtype, autocast=autocast, native=rows_of.NATIVE)
+        own_bytes_per_row, own_fixed_bytes = rows_of.scratch(columns, dtype)
+        step = products.rows_per_chunk(
+            where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes, max_scratch_bytes,
+            ids.device,
+        )
+        check_source(rows)
+        out = empty(tensors, count)
+        rows.open(min(step, max(count, 1)))
+        for begin in range(0, count, step):
+            here = slice(begin, min(begin + step, count))
+            chunk = rows.chunk(here.start, here.stop)
+            rows_of.stat_rows(chunk, ids[here], RowStats(*(field[here] for field in out)))
+            if check_rows is not None:
+                check_rows(out.argmax[here], begin, chunk)
+    return out
