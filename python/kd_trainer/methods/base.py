@@ -14,7 +14,7 @@ Each is a small object, and a method is a named combination of three. What the t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -190,6 +190,13 @@ class LabelObjective(Objective):
 def cross_entropy(weight: float = 1.0) -> DivergenceObjective:
     """Next-token cross-entropy, without a teacher."""
     return DivergenceObjective(divergences.parse("forward_kl"), kd_weight=0.0, ce_weight=weight)
+
+
+def summed(parts: Iterable[KDLoss]) -> KDLoss:
+    """Losses of disjoint rows as one; each has the statistics of its own rows, and NaN elsewhere."""
+    parts = list(parts)
+    stats = {name: sum(part.stats[name].nan_to_num(nan=0.0) for part in parts) for name in parts[0].stats}
+    return KDLoss(sum(part.loss for part in parts), stats)
 
 
 def _nothing(step: int, metrics: Mapping[str, float]) -> dict[str, float]:

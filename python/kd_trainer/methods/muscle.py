@@ -23,7 +23,7 @@ from kd_kernels import KDLoss, LinearLogits, token_stats
 from kd_trainer.config import Config
 from kd_trainer.data import Batch
 from kd_trainer.errors import check_one_of, fail
-from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, Parts
+from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, Parts, summed
 from kd_trainer.models import rows_of
 from kd_trainer.registry import MethodSpec, register
 from kd_trainer.teachers import SeveralTeachers, live_teachers
@@ -48,13 +48,10 @@ class OldWhereWrong(DivergenceObjective):
     ) -> KDLoss:
         old, new = targets
         wrong = self._wrong(student if self.judge == "student" else new, batch, max_scratch_bytes)
-        total, stats = 0.0, {}
-        for teacher, rows in ((old, batch.counted[wrong]), (new, batch.counted[~wrong])):
-            part = self.over(rows, student, teacher, batch, normalizer, max_scratch_bytes)
-            total = total + part.loss
-            for name, values in part.stats.items():
-                stats[name] = stats.get(name, 0.0) + values.nan_to_num(nan=0.0)  # rows of the other teacher are NaN
-        return KDLoss(total, stats)
+        return summed(
+            self.over(rows, student, teacher, batch, normalizer, max_scratch_bytes)
+            for teacher, rows in ((old, batch.counted[wrong]), (new, batch.counted[~wrong]))
+        )
 
     @torch.no_grad()
     def _wrong(self, model: LinearLogits, batch: Batch, max_scratch_bytes: int | None) -> Tensor:

@@ -28,6 +28,7 @@ CASES: dict[str, dict] = {
         "teachers": 1, "rollout": WRITTEN, "data": {"holdout": 0.3},
         "options": {"threshold": 0.9, "validate_every": 2, "capacity": 18, "fresh": "constant"},
     },
+    "distillm2": {"teachers": 1, "rollout": WRITTEN, "options": {"adaptive": True, "ramp": True}},
     "f_distill": {"teachers": 1, "rollout": WRITTEN, "options": {"each": "text"}},
     "first": {"cached": True},
     "gkd": {"teachers": 1, "rollout": WRITTEN, "options": {"each": "text"}},
