@@ -1,4 +1,4 @@
-"""The README's tables and pictures, from files: results of ``bench.side_by_side``, of the demo, and the divergences.
+"""The README's tables and pictures, from files in bench/results/, and its table of divergences.
 
     python -m bench.render            rewrites README.md between its markers
     python -m bench.render --check    exits with 1, and says what is stale, if that would change anything
@@ -24,7 +24,7 @@ from kd_kernels import divergences
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-CPU, GPU, DEMO = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json"
+CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
 README = ROOT / "README.md"
 
 
@@ -71,6 +71,7 @@ BLOCKS = {
     "gpu": Block(GPU, tables.gpu, missing="Not yet measured on a GPU."),
     "gpu-plots": Block(GPU, _pictures, missing="Not yet drawn: nothing was measured on a GPU."),
     "demo": Block(DEMO, tables.demo),
+    "integrations": Block(DROP_IN, tables.drop_in),
 }
 """By marker."""
 
