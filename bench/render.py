@@ -25,7 +25,7 @@ from kd_trainer import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-CPU, GPU, DEMO = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json"
+CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
 README = ROOT / "README.md"
 
 
@@ -72,6 +72,7 @@ BLOCKS = {
     "gpu": Block(GPU, tables.gpu, missing="Not yet measured on a GPU."),
     "gpu-plots": Block(GPU, _pictures, missing="Not yet drawn: nothing was measured on a GPU."),
     "demo": Block(DEMO, tables.demo),
+    "integrations": Block(DROP_IN, tables.drop_in),
 }
 """By marker."""
 

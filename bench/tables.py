@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Callable
 
+from bench import integrations
 from bench.cases import CASES, PRODUCTS
 
 MIB, GIB = 2**20, 2**30
@@ -251,6 +252,31 @@ def gpu(results: dict) -> str:
     )
     timed = [record for record in results["comparisons"].values() if record["kind"] == "time"]
     return "\n\n".join([text, *(_gpu_block(record) for record in timed)])
+
+
+# ------------------------------------------------------------------------------------------------ other people's trainers
+
+
+def drop_in(results: dict) -> str:
+    """Their line, our line, and what changes: of what was measured."""
+    rows, reasons = [], []
+    for name, record in results["comparisons"].items():
+        case, sides = integrations.CASES[name], (record["theirs"], record["ours"])
+        reasons += [f"Not measured: `{case.theirs}` ({side['skipped']})." for side in sides if "skipped" in side]
+        cells = []
+        for key, unit, scale in (("peak_bytes", "MiB", MIB), ("p50_ms", "ms", 1)):
+            before, after = (f"{side[key] / scale:,.0f}" if key in side else "-" for side in sides)
+            cells.append(f"{before} to {after} {unit}")
+        rows.append([f"`{case.theirs}`", f"`{case.ours}`", *cells])
+    shape, versions = results["shape"], results["versions"]
+    measured = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    about = (
+        f"{results['machine']['model']}, {results['machine']['cores']} cores; {measured}; {_provenance(results)}. Loss and "
+        f"gradients of {shape['rows']:,} tokens over {shape['vocab']:,} ids in fp32: from hidden states of width "
+        f"{shape['hidden']}, or one micro-batch of a small Llama of width {shape['width']} in its trainer. Peak of resident "
+        f"memory above the level before, gradients included; time on the clock."
+    )
+    return "\n\n".join([table(["yours", "ours", "memory", "time"], rows), *reasons, about])
 
 
 # ------------------------------------------------------------------------------------------------------------ the demo

@@ -60,6 +60,13 @@ def test_chunked(name: str) -> None:
         lambda hidden, weight, bias: loss(split(hidden @ weight.T), teacher, labels),
         truth_of(name, of, int((of.labels != IGNORED).sum())), of, name,
     )
+    of_head = lambda hidden, weight: [  # noqa: E731
+        LinearLogits(chunk, weight) for chunk in hidden.reshape(batch, ROWS // batch, -1).chunk(chunks, dim=1)
+    ]
+    check(
+        lambda hidden, weight, bias: loss(of_head(hidden, weight), of_head(of.teacher_hidden, of.teacher_weight), labels),
+        truth_of(name, of, int((of.labels != IGNORED).sum())), of, f"{name} of a head",
+    )
     with pytest.raises(ValueError, match="student_logits and teacher_logits must be lists of 6 chunks like the labels"):
         loss(teacher[:-1], teacher, labels)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from kd_kernels import divergences
 from kd_trainer.errors import fail
@@ -20,7 +20,7 @@ from kd_trainer.integrations.attach import attach, inspected
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.targets import AdapterOffTargets, BatchTargets, CachedTargets, LiveTargets
 from kd_trainer.integrations.versions import check_version
-from kd_trainer.models import check_same_vocabulary, load_pretrained, tokenizer_fingerprint
+from kd_trainer.models import check_same_vocabulary, load_pretrained, load_tokenizer, tokenizer_fingerprint
 from kd_trainer.teachers import open_cache
 
 TESTED = ("5.23",)
@@ -66,7 +66,8 @@ class KDCallback(TrainerCallback):
         parameters = inspect.signature(student.model.forward).parameters.values()
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             fail("KDCallback", f"forward of {type(model).__name__}", "one that takes **kwargs", "none", "use KDTrainer")
-        self._targets = targets_of(student, model, self.teacher, self.cache, self.options, processing_class)
+        tokenizer = own_tokenizer(model) if processing_class is None and self.cache is None else processing_class
+        self._targets = targets_of(student, model, self.teacher, self.cache, self.options, tokenizer)
         self._detach = attach(student, self._targets, self.options)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **_: object) -> None:
@@ -134,9 +135,18 @@ def targets_of(
     return LiveTargets(inspected(loaded, options.valid_vocab).model, options)
 
 
-def compare_tokenizers(tokenizer: object, teacher: str | PreTrainedModel) -> None:
-    """Raise where a teacher's tokenizer means other tokens by the same ids, as far as both are known: a trainer may have
-    no tokenizer, and a model made in memory neither a name nor files."""
+def own_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside a model's weights, for a trainer that was given none; None where there is none."""
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+    try:
+        return load_tokenizer(name) if name else None
+    except FileNotFoundError:
+        return None
+
+
+def compare_tokenizers(tokenizer: PreTrainedTokenizerBase | None, teacher: str | PreTrainedModel) -> None:
+    """Raise where a teacher's tokenizer means other tokens by the same ids, as far as both are known: a model made in
+    memory has neither a name nor files."""
     name = teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "")
     if tokenizer is None or not name:
         return

@@ -18,6 +18,7 @@ that curves go on where they were. Gradients are those of the KL. What is delibe
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -113,21 +114,32 @@ class _ChunkedKLLoss(nn.Module):
                 f"{len(student_logits)} and {len(teacher_logits)}",
             )
         count = self.loss._count(labels)
-        parts = [
-            self.loss._sum(_rows(student), _rows(teacher), piece.reshape(-1), count)
-            for student, teacher, piece in zip(student_logits, teacher_logits, pieces)
-        ]
-        return torch.stack(parts).sum()
+        student, teacher = ([_rows(chunk) for chunk in chunks] for chunks in (student_logits, teacher_logits))
+        targets = [piece.reshape(-1) for piece in pieces]
+        if _of_one_head(student) and _of_one_head(teacher):  # one gradient of the head in place of one a chunk
+            student, teacher, targets = [_joined(student)], [_joined(teacher)], [torch.cat(targets)]
+        return torch.stack([self.loss._sum(*part, count) for part in zip(student, teacher, targets)]).sum()
 
 
 def _rows(logits: Logits) -> Logits:
     """Leading dimensions as one."""
     if isinstance(logits, Tensor):
         return logits.reshape(-1, logits.shape[-1])
-    return LinearLogits(
-        logits.hidden.reshape(-1, logits.hidden.shape[-1]), logits.weight, logits.bias, logits.scale, logits.softcap,
-        logits.valid_vocab,
+    return dataclasses.replace(logits, hidden=logits.hidden.reshape(-1, logits.hidden.shape[-1]))
+
+
+def _of_one_head(chunks: Sequence[Logits]) -> bool:
+    """Whether chunks differ in their hidden states alone."""
+    first = chunks[0]
+    return all(
+        isinstance(chunk, LinearLogits) and chunk.weight is first.weight and chunk.bias is first.bias
+        and (chunk.scale, chunk.softcap, chunk.valid_vocab) == (first.scale, first.softcap, first.valid_vocab)
+        for chunk in chunks
     )
+
+
+def _joined(chunks: Sequence[LinearLogits]) -> LinearLogits:
+    return dataclasses.replace(chunks[0], hidden=torch.cat([chunk.hidden for chunk in chunks]))
 
 
 class ForwardKLWithChunkedOutputLoss(_ChunkedKLLoss):

@@ -30,7 +30,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import DistillationConfig
 from trl import DistillationTrainer as TRLDistillationTrainer
 from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
 from trl.experimental.gold import GOLDTrainer as TRLGOLDTrainer
@@ -39,7 +40,7 @@ from trl.trainer import distillation_trainer
 from kd_kernels import LinearLogits
 from kd_trainer.errors import fail
 from kd_trainer.integrations.attach import attach, check_vocabularies, inspected, objective
-from kd_trainer.integrations.hf import check_arguments, compare_tokenizers, targets_of
+from kd_trainer.integrations.hf import check_arguments, compare_tokenizers, own_tokenizer, targets_of
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.rows import jsd_with_end_points
 from kd_trainer.integrations.targets import gathered, reduced
@@ -111,10 +112,18 @@ def _initialise(init, trainer, kd: KDOptions, cache: str | None, args: tuple, kw
     """Check, let TRL build the trainer, then put our loss in the place of its own."""
     given = dict(zip(NAMES, args)) | kwargs
     rest = args[len(NAMES) :]
-    config, tokenizer = given["args"], given.get("processing_class")
     where = type(trainer).__name__
     is_distillation = isinstance(trainer, TRLDistillationTrainer)
+    for name in ("model",) if is_distillation else ("model", "args"):
+        if given.get(name) is None:
+            fail(where, name, "given", None)
+    if given.get("args") is None:
+        given["args"] = _default_config(given["model"])
+    config, tokenizer = given["args"], given.get("processing_class")
     check_arguments(where, config)
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if given.get(name) is not None:
+            fail(where, name, "None", "given", "there are no logits to give to it; the loss is eval_loss")
     if getattr(config, "use_uld_loss", False):
         fail(where, "use_uld_loss", "False", True, "a divergence needs student and teacher to share a tokenizer")
     loss_temperature = 1.0 if isinstance(trainer, TRLGKDTrainer) else config.temperature
@@ -135,9 +144,9 @@ def _initialise(init, trainer, kd: KDOptions, cache: str | None, args: tuple, kw
     elif teacher is None:
         fail(where, "teacher_model", "given, or cache", None)
     else:
-        compare_tokenizers(tokenizer, teacher)
+        compare_tokenizers(tokenizer or own_tokenizer(given["model"]), teacher)
 
-    student = given.get("model")
+    student = given["model"]
     if cache is not None:
         if isinstance(student, str):
             student = given["model"] = AutoModelForCausalLM.from_pretrained(student, **(config.model_init_kwargs or {}))
@@ -172,19 +181,27 @@ class _NoModel(nn.Module):
         """GOLDTrainer calls it; there is nothing to resize."""
 
 
+def _default_config(model: object) -> DistillationConfig:
+    """What TRL's DistillationTrainer takes where it is given no ``args``."""
+    name = model if isinstance(model, str) else model.config.name_or_path
+    return DistillationConfig(f"{name.split('/')[-1]}-Distillation")
+
+
 @contextlib.contextmanager
 def _one_vocabulary(student: object, teacher: object, options: KDOptions, where: str) -> Iterator[None]:
     """TRL refuses (or cuts) a teacher of another vocabulary size: with ``valid_vocab`` it is shown the student's for a moment."""
-    if isinstance(student, str) or isinstance(teacher, str):
-        yield
-        return
-    own, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    own, theirs = (
+        (AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config).get_text_config()
+        for model in (student, teacher)
+    )
     if own.vocab_size == theirs.vocab_size:
         yield
         return
     if options.valid_vocab is None:
         check_vocabularies(own.vocab_size, theirs.vocab_size, None)
-    size, resize = theirs.vocab_size, teacher.resize_token_embeddings
+    if isinstance(teacher, str):
+        fail(where, "teacher_model", "a model where heads are padded to two sizes", f"the name {teacher!r}", "load it")
+    size = theirs.vocab_size
     theirs.vocab_size, teacher.resize_token_embeddings = own.vocab_size, lambda size: None
     try:
         yield
