@@ -22,8 +22,13 @@ from kd_kernels import EnsembleLogits, LinearLogits
 from kd_trainer import assets
 from kd_trainer.data import Batch, Document, collate
 from kd_trainer.errors import fail
+from kd_trainer.memory import check_fits, weight_bytes
 
 PROBE_LENGTHS = (3, 5)
+TOO_LARGE = (
+    "load it in bfloat16 (teacher.dtype, student.dtype or --dtype), or, for a teacher, build its cache where it fits "
+    "(kdk cache build) and train from that"
+)
 
 FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f")
 """What architectures call the norm between the last layer and the head."""
@@ -238,6 +243,9 @@ def load_pretrained(name: str, dtype: str = "float32") -> PreTrainedModel:
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
         head = "of a class with a language-model head (lm_head)"
         fail("load_model", "model", head, f"{name!r}, a {config.model_type}")
+    if not hasattr(config, "auto_map"):  # the class of those is not known before its code is run
+        needed = weight_bytes(config, getattr(torch, dtype))
+        check_fits("load_model", "model", name, needed, torch.device("cpu"), TOO_LARGE)
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))  # noqa: E731
     return _from_pretrained(load, name, "model").eval()
 

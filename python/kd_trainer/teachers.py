@@ -12,7 +12,8 @@ from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets
 from kd_kernels.cache import CacheError, CacheReader, content_key
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import fail
-from kd_trainer.models import CausalLM, reading_of
+from kd_trainer.memory import check_fits
+from kd_trainer.models import TOO_LARGE, CausalLM, reading_of
 
 if TYPE_CHECKING:
     from kd_trainer.config import Config
@@ -57,6 +58,9 @@ class LiveTeacher(Teacher):
     def targets(self, batch: Batch) -> LinearLogits:
         device = batch.rows.device
         if self._model.device != device:
+            needed = sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+            name = self._model.model.name_or_path
+            check_fits("train", "teacher.model", name, needed, device, TOO_LARGE)
             self._model.to(device)
         with torch.autocast(device.type, enabled=False):  # a teacher computes in the dtype that it was loaded in
             return self._model(batch)

@@ -27,8 +27,8 @@ class Options:
     weights: tuple[float, ...] = (0.2, 0.8)  # long : short = 1 : 4
 
     def __post_init__(self) -> None:
-        if any(not weight > 0.0 for weight in self.weights):
-            fail("config", "options.weights", "above 0", list(self.weights))
+        if any(not 0.0 < weight < float("inf") for weight in self.weights):
+            fail("config", "options.weights", "finite and above 0", list(self.weights))
 
 
 class MixedPlan(Plan):
