@@ -251,6 +251,11 @@ class Batch:
         """The tag of its documents, which is one."""
         return self.documents[0].tag
 
+    def starts(self) -> list[int]:
+        """Where in the flattened ``[B * R]`` each document begins."""
+        lengths = torch.tensor([0, *(len(document) - 1 for document in self.documents[:-1])])
+        return self.rows[lengths.cumsum(0).to(self.rows.device)].tolist()
+
     def spread(self, values: Tensor) -> Tensor:
         """``[N]`` out of ``[M]`` for the rows that count: NaN in the others, as :func:`kd_kernels.kd_loss` has its statistics."""
         return torch.full_like(self.labels, torch.nan, dtype=values.dtype).index_copy(0, self.counted, values)

@@ -210,6 +210,15 @@ def rows_of(logits: LinearLogits | EnsembleLogits, rows: Tensor) -> LinearLogits
     return dataclasses.replace(logits, hidden=logits.hidden[rows])
 
 
+def logits_at(logits: LinearLogits, ids: Tensor) -> Tensor:
+    """fp32 (fp64 of fp64) ``[N]``: the logit of one id (int64) a row, differentiable; 2 N H operations."""
+    dtype = torch.promote_types(logits.hidden.dtype, torch.float32)
+    with torch.autocast(logits.device.type, enabled=False):
+        found = (logits.hidden.to(dtype) * logits.weight[ids].to(dtype)).sum(-1)
+    found = (found if logits.bias is None else found + logits.bias[ids].to(dtype)) * logits.scale
+    return found if logits.softcap is None else logits.softcap * torch.tanh(found / logits.softcap)
+
+
 def dense_logits(logits: LinearLogits) -> Tensor:
     """fp32 (fp64 of fp64) ``[N, V]`` logits of a *few* rows: to compare models, in chunks, and for the check above."""
     weight, bias = logits.weight[: logits.vocab], None if logits.bias is None else logits.bias[: logits.vocab]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from kd_trainer import rollout
 from kd_trainer.data import Document
 from kd_trainer.errors import fail
 from kd_trainer.models import CausalLM
+from kd_trainer.rollout import RollOuts
 
 if TYPE_CHECKING:
     from kd_trainer.config import Config
@@ -65,24 +66,27 @@ class Writer:
     Args:
         beside: the model whose device it moves to when it is asked to write.
         autocast: write under bf16 autocast, as a student trains with ``train.precision: bf16``.
+        generate: what draws: :func:`kd_trainer.rollout.generate`, or what takes its place.
     """
 
     def __init__(
         self, model: CausalLM, options: rollout.Options, *, seed: int, purpose: str, prompt_tokens: int | None = None,
-        beside: CausalLM | None = None, autocast: bool = False,
+        beside: CausalLM | None = None, autocast: bool = False, generate: Callable[..., RollOuts] = rollout.generate,
     ) -> None:
-        self.options, self.purpose = options, purpose
+        self.options, self.purpose, self._generate = options, purpose, generate
         self._model, self._seed, self._prompt_tokens = model, seed, prompt_tokens
         self._beside, self._autocast = beside or model, autocast
 
     @classmethod
-    def student(cls, config: Config, parts: Parts, **sampling: Any) -> Writer:
+    def student(
+        cls, config: Config, parts: Parts, generate: Callable[..., RollOuts] = rollout.generate, **sampling: Any
+    ) -> Writer:
         """The student, by the ``rollout`` section, some of whose sampling a method decides."""
         autocast = config.train.precision == "bf16"
         options = rollout_options(config, parts, **sampling)
         return cls(
             parts.student, options, seed=config.seed, purpose="student's text",
-            prompt_tokens=config.rollout.prompt_tokens, autocast=autocast,
+            prompt_tokens=config.rollout.prompt_tokens, autocast=autocast, generate=generate,
         )
 
     @classmethod
@@ -104,7 +108,7 @@ class Writer:
         keys = torch.tensor([document.key for document in documents])
         with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
             seed = rollout.step_seed(self._seed, step, self.purpose)
-            return rollout.generate(self._model, prompts, self.options, seed=seed, keys=keys).documents()
+            return self._generate(self._model, prompts, self.options, seed=seed, keys=keys).documents()
 
     def state(self) -> dict[str, Any]:
         return {}

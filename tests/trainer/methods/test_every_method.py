@@ -44,6 +44,7 @@ CASES: dict[str, dict] = {
     "muscle": {"teachers": 2},
     "pesf_kd": {"teachers": 1, "options": {"dropout": 0.0}},
     "sel": {"teachers": 1, "options": {"labels": "text"}},
+    "sequence_match": {"options": {"backspace": "Ā", "mistakes": 0.1, "refresh": 2}, "rollout": WRITTEN},
     "seqkd": {"teachers": 1, "rollout": WRITTEN},
     "sft": {},
     "supervised_kd": {"cached": True},
