@@ -177,7 +177,7 @@ class CacheWriter:
             else:
                 pieces = [_piece(key, len(whole), 0, whole) for key, whole in self._waiting]
             parts.append((pieces, part))
-        is_new = self._learner.see(rows)
+        is_new = any([self._learner.see(part) for _, part in parts])
         with self._closed_on_error():
             if self._builder is None:
                 header = ShardHeader(self._writer, self._next_number, self._digest)

@@ -207,7 +207,7 @@ class Forged:
         self.header = ShardHeader("w0", 0, bytes(16))
         self.path, self.key = folder / self.header.name, content_key(item.tokens, CACHE)
         self.rows = canonical_rows("", item.tokens, item.targets, item.next_logprobs, None, CACHE)
-        self.model = RowModel(learn_model([self.rows], None, CACHE), CACHE, for_writing=True)
+        self.model = RowModel(learn_model([self.rows], None, CACHE), CACHE)
         self.data = self.header.encode()
         self.data += encode_model(self.header.crc, len(self.data), learn_model([self.rows], None, CACHE))
         self.begin = len(self.data)
@@ -322,7 +322,7 @@ def _of_another_cache(forged: Forged, item: Example, **fields: object) -> bytes:
     """A payload under the same model, of rows that this cache cannot hold."""
     other = manifest(**{"k": 3, "temperatures": (1.0, 2.0)} | fields)
     rows = canonical_rows("", item.tokens, item.targets, item.next_logprobs, None, other)
-    return RowModel(learn_model([forged.rows], None, CACHE), other, for_writing=True).encode(rows)
+    return RowModel(learn_model([forged.rows], None, CACHE), other).encode(rows)
 
 
 def test_counts_above_k(forged):
