@@ -14,11 +14,14 @@ constexpr double kTailFinesse = 4;    // the tail's log-odds are stored to step 
 constexpr double kLogZFinesse = 16;   // log Z to step / 16
 constexpr uint64_t kMaxLevel = 1u << 30;
 constexpr uint32_t kPlaces = 8, kTies = 14, kRankLevels = 64;
-constexpr uint32_t kTop = 16;  // ranks below it are final
+constexpr uint32_t kTop = 16, kDeep = 8192;  // ranks below kTop are final; from kDeep on they rise faster
 
 // Contexts. Gaps and ranks depend on the place in the row; the rank of an entry as likely as the one before, on that one.
-enum Context : uint32_t { kCount, kTail, kNext, kNextLevel, kIdLevel, kWeight, kGap, kRank = kGap + kPlaces,
+enum Context : uint32_t { kCount, kTail, kCutTail, kNext, kNextLevel, kIdLevel, kWeight, kGap, kRank = kGap + kPlaces,
                           kTie = kRank + kPlaces, kLogZ = kTie + kTies };
+
+// An id that came moves from its rank to this one.
+uint32_t promoted(uint32_t rank) { return rank < kDeep ? rank / 2 : rank / 4; }
 
 uint32_t context_count(const RowLayout& layout) { return kLogZ + layout.temperatures; }
 
@@ -33,8 +36,16 @@ int64_t unzigzag(uint32_t v) { return v & 1 ? -static_cast<int64_t>(v / 2) - 1 :
 // A tail of mass t as log(t / (1 - t)): as exact for the entries' mass as for the tail's own.
 double log_odds(double log_tail) { return std::min(log_tail - std::log(-std::expm1(std::min(log_tail, 0.0))), 89.0); }
 
-// The tail is near the last entry's logprob, more often than not.
-int64_t tail_prediction(uint64_t last_level) { return -static_cast<int64_t>(kTailFinesse) * std::min<uint64_t>(last_level, 1 << 20); }
+// What the rows before say of the next one's tail and log Z.
+struct Predictions {
+  int64_t cut_tail = 0;
+  std::vector<int64_t> log_z;
+
+  // Of k entries the tail goes with the last. A row that was cut short of k was cut at some mass, like others before it.
+  int64_t tail(bool is_cut, uint64_t last_level) const {
+    return is_cut ? cut_tail : -static_cast<int64_t>(kTailFinesse) * static_cast<int64_t>(std::min<uint64_t>(last_level, 1 << 20));
+  }
+};
 
 uint32_t bits_of(float value) {
   uint32_t bits;
@@ -51,15 +62,17 @@ float float_of(uint32_t bits) {
 template <class Sink> class RowWalk {
  public:
   RowWalk(const RowLayout& layout, const RowsIn& rows, Ranks* ranks, Sink& sink)
-      : layout_(layout), rows_(rows), ranks_(ranks), sink_(sink) {}
+      : layout_(layout), rows_(rows), ranks_(ranks), sink_(sink) {
+    before_.log_z.resize(layout.temperatures);
+  }
 
   void all() {
     for (int64_t row = 0; row < rows_.rows; ++row) {
       const int64_t begin = rows_.offsets[row], count = rows_.offsets[row + 1] - begin;
-      sink_.number(kCount, static_cast<uint32_t>(count));
+      sink_.number(kCount, count == 0 ? 0 : 1 + static_cast<uint32_t>(layout_.k - count));
       if (count == 0) continue;
       const uint64_t last_level = layout_.step > 0 ? rounded(begin, count) : exact(begin, count);
-      if (layout_.tail) tail(rows_.tail[row], last_level);
+      if (layout_.tail) tail(rows_.tail[row], count < layout_.k, last_level);
       for (uint32_t t = 0; t < layout_.temperatures; ++t) log_z(t, rows_.log_z[t * rows_.rows + row]);
       next(rows_.next[row], begin, count);
       if (ranks_)
@@ -121,16 +134,21 @@ template <class Sink> class RowWalk {
     return level;
   }
 
-  void tail(float log_tail, uint64_t last_level) {
+  void tail(float log_tail, bool is_cut, uint64_t last_level) {
     if (layout_.step == 0) return sink_.bits(kTail, bits_of(log_tail), 32);
     const double odds = log_odds(log_tail) * kTailFinesse / layout_.step;
-    if (odds < -static_cast<double>(kMaxLevel)) return sink_.number(kTail, 0);  // mass 0
-    sink_.number(kTail, 1 + zigzag(std::llround(odds) - tail_prediction(last_level)));
+    const uint32_t context = is_cut ? kCutTail : kTail;
+    if (odds < -static_cast<double>(kMaxLevel / 2)) return sink_.number(context, 0);  // mass 0
+    const int64_t units = std::llround(odds);
+    sink_.number(context, 1 + zigzag(units - before_.tail(is_cut, last_level)));
+    if (is_cut) before_.cut_tail = units;
   }
 
   void log_z(uint32_t t, float value) {
     if (layout_.step == 0) return sink_.bits(kLogZ + t, bits_of(value), 32);
-    sink_.number(kLogZ + t, zigzag(std::llround(value * kLogZFinesse / layout_.step)));
+    const int64_t units = std::llround(value * kLogZFinesse / layout_.step);
+    sink_.number(kLogZ + t, zigzag(units - before_.log_z[t]));
+    before_.log_z[t] = units;
   }
 
   void next(float value, int64_t begin, int64_t count) {
@@ -148,6 +166,7 @@ template <class Sink> class RowWalk {
   const RowsIn& rows_;
   Ranks* ranks_;  // null: every id is its own rank
   Sink& sink_;
+  Predictions before_;
   std::vector<uint64_t> levels_, order_;  // order: rank, and place in the row as it was given
 };
 
@@ -249,12 +268,12 @@ void Ranks::swap(uint32_t a, uint32_t b) {
 
 void Ranks::promote(uint32_t rank) {
   if (rank < kTop) return;
-  swap(rank, rank / 2);
+  swap(rank, promoted(rank));
   promoted_.push_back(rank);
 }
 
 void Ranks::restore() {
-  for (; !promoted_.empty(); promoted_.pop_back()) swap(promoted_.back(), promoted_.back() / 2);
+  for (; !promoted_.empty(); promoted_.pop_back()) swap(promoted_.back(), promoted(promoted_.back()));
 }
 
 std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<RowsIn>& rows, const int32_t* id_counts) {
@@ -369,14 +388,16 @@ Complaint RowModel::decode(Span payload, const RowsOut& out, Ranks* ranks) const
   const auto number = [&](uint32_t context) { return reader.number(contexts_[context]); };
   const bool is_exact = layout_.step == 0;
   const double unit = layout_.step / kFractions;
+  Predictions before_row;
+  before_row.log_z.resize(layout_.temperatures);
   std::vector<uint32_t> coded;  // ranks of a row, as they come
   std::vector<std::pair<uint32_t, int64_t>> order;
   std::vector<float> weights;
   std::vector<int32_t> counts;
   out.offsets[0] = 0;
   for (int64_t row = 0; row < out.rows; ++row) {
-    const int64_t begin = out.offsets[row], count = number(kCount);
-    if (count > layout_.k) return {"entries of a row, at most k", layout_.k, count};
+    const int64_t begin = out.offsets[row], missing = number(kCount), count = missing == 0 ? 0 : 1 + int64_t{layout_.k} - missing;
+    if (missing > layout_.k) return {"entries that a row lacks, below k", layout_.k, missing - 1};
     if (count > out.entries - begin) return {"entries of a block", out.entries, begin + count};
     out.offsets[row + 1] = begin + count;
     if (count == 0) {
@@ -439,16 +460,21 @@ Complaint RowModel::decode(Span payload, const RowsOut& out, Ranks* ranks) const
       if (is_exact) {
         out.tail[row] = float_of(reader.bits(32));
       } else {
-        const uint32_t code = number(kTail);
-        const double odds = static_cast<double>(unzigzag(code - 1) + tail_prediction(level)) * layout_.step / kTailFinesse;
-        out.tail[row] = code == 0 ? -std::numeric_limits<float>::infinity()
-                                  : static_cast<float>(odds < -40 ? odds : -std::log1p(std::exp(-odds)));
+        const bool is_cut = count < layout_.k;
+        const uint32_t code = number(is_cut ? kCutTail : kTail);
+        out.tail[row] = -std::numeric_limits<float>::infinity();
+        if (code > 0) {
+          const int64_t units = unzigzag(code - 1) + before_row.tail(is_cut, level);
+          const double odds = static_cast<double>(units) * layout_.step / kTailFinesse;
+          out.tail[row] = static_cast<float>(odds < -40 ? odds : -std::log1p(std::exp(-odds)));
+          if (is_cut) before_row.cut_tail = units;
+        }
       }
     }
     for (uint32_t t = 0; t < layout_.temperatures; ++t) {
       float& log_z = out.log_z[t * out.rows + row];
       if (is_exact) log_z = float_of(reader.bits(32));
-      else log_z = static_cast<float>(static_cast<double>(unzigzag(number(kLogZ + t))) * layout_.step / kLogZFinesse);
+      else log_z = static_cast<float>(static_cast<double>(before_row.log_z[t] += unzigzag(number(kLogZ + t))) * layout_.step / kLogZFinesse);
     }
     const uint32_t next = number(kNext);
     if (next == kNotKnown) out.next[row] = nan;

@@ -18,7 +18,7 @@ __all__ = ["RowModel", "learn_model", "row_model", "to_bytes"]
 
 # Contexts of FORMAT.md, section 4.3; those of log Z follow.
 _STREAMS = (
-    ("counts", 0, 1), ("tail", 1, 2), ("next", 2, 4), ("weights", 5, 6), ("logprobs", 6, 14), ("ids", 14, 36),
+    ("counts", 0, 1), ("tail", 1, 3), ("next", 3, 5), ("weights", 6, 7), ("logprobs", 7, 15), ("ids", 15, 37),
 )
 
 
