@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <utility>
 
 namespace kd {
 namespace {
@@ -21,12 +20,14 @@ enum Context : uint32_t { kCount, kTail, kCutTail, kNext, kNextLevel, kIdLevel, 
                           kTie = kRank + kPlaces, kLogZ = kTie + kTies };
 
 // An id that came moves from its rank to this one.
-uint32_t promoted(uint32_t rank) { return rank < kDeep ? rank / 2 : rank / 4; }
+uint32_t promoted(uint32_t rank) { return rank < kTop ? rank : rank < kDeep ? rank / 2 : rank / 4; }
 
 uint32_t context_count(const RowLayout& layout) { return kLogZ + layout.temperatures; }
 
 uint32_t place_of(int64_t j) { return j == 0 ? 0 : std::min(1 + log2_floor(static_cast<uint32_t>(j)), kPlaces - 1); }
-uint32_t tie_context(uint32_t rank) { return kTie + std::min(class_of(rank) / 4, kTies - 1); }
+
+// kTie + class_of(rank) / 4, without a branch.
+uint32_t tie_context(uint32_t rank) { return kTie + (rank < 16 ? rank / 4 : 2 + log2_floor(rank | 1) / 2); }
 
 enum Next : uint32_t { kNotKnown, kImpossible, kNotKept, kEntry };  // kEntry + j: the row's entry j
 
@@ -58,6 +59,41 @@ float float_of(uint32_t bits) {
   return value;
 }
 
+// Entries of one level stand with the lower id first.
+class RunSorter {
+ public:
+  void sort(const RowsOut& out, int64_t begin, int64_t end) {
+    if (!out.weights && !out.counts) {
+      if (end - begin > 16) return std::sort(out.ids + begin, out.ids + end);
+      for (int64_t i = begin + 1; i < end; ++i) {
+        const int64_t id = out.ids[i];
+        int64_t j = i;
+        for (; j > begin && out.ids[j - 1] > id; --j) out.ids[j] = out.ids[j - 1];
+        out.ids[j] = id;
+      }
+      return;
+    }
+    entries_.clear();
+    for (int64_t i = begin; i < end; ++i)
+      entries_.push_back({out.ids[i], out.weights ? out.weights[i] : 0, out.counts ? out.counts[i] : 0});
+    std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.id < b.id; });
+    for (int64_t i = begin; i < end; ++i) {
+      const Entry& entry = entries_[i - begin];
+      out.ids[i] = entry.id;
+      if (out.weights) out.weights[i] = entry.weight;
+      if (out.counts) out.counts[i] = entry.count;
+    }
+  }
+
+ private:
+  struct Entry {
+    int64_t id;
+    float weight;
+    int32_t count;
+  };
+  std::vector<Entry> entries_;
+};
+
 // Puts the numbers of rows into a sink, in the order in which they are coded.
 template <class Sink> class RowWalk {
  public:
@@ -75,8 +111,10 @@ template <class Sink> class RowWalk {
       if (layout_.tail) tail(rows_.tail[row], count < layout_.k, last_level);
       for (uint32_t t = 0; t < layout_.temperatures; ++t) log_z(t, rows_.log_z[t * rows_.rows + row]);
       next(rows_.next[row], begin, count);
-      if (ranks_)
-        for (const uint64_t each : order_) ranks_->promote(static_cast<uint32_t>(each >> 32));
+      if (!ranks_) continue;
+      coded_.clear();
+      for (const uint64_t each : order_) coded_.push_back(static_cast<uint32_t>(each >> 32));
+      ranks_->promote(coded_.data(), coded_.size());
     }
     if (ranks_) ranks_->restore();
   }
@@ -167,6 +205,7 @@ template <class Sink> class RowWalk {
   Ranks* ranks_;  // null: every id is its own rank
   Sink& sink_;
   Predictions before_;
+  std::vector<uint32_t> coded_;  // ranks of a row, in the order in which they are coded
   std::vector<uint64_t> levels_, order_;  // order: rank, and place in the row as it was given
 };
 
@@ -259,17 +298,16 @@ void Ranks::find_ranks() {
   for (uint32_t rank = 0; rank < id_of_rank.size(); ++rank) rank_of_id[id_of_rank[rank]] = rank;
 }
 
-void Ranks::swap(uint32_t a, uint32_t b) {
+inline void Ranks::swap(uint32_t a, uint32_t b) {
   std::swap(id_of_rank[a], id_of_rank[b]);
   if (rank_of_id.empty()) return;
   rank_of_id[id_of_rank[a]] = a;
   rank_of_id[id_of_rank[b]] = b;
 }
 
-void Ranks::promote(uint32_t rank) {
-  if (rank < kTop) return;
-  swap(rank, promoted(rank));
-  promoted_.push_back(rank);
+void Ranks::promote(const uint32_t* ranks, size_t count) {
+  promoted_.insert(promoted_.end(), ranks, ranks + count);
+  for (size_t i = 0; i < count; ++i) swap(ranks[i], promoted(ranks[i]));
 }
 
 void Ranks::restore() {
@@ -390,10 +428,9 @@ Complaint RowModel::decode(Span payload, const RowsOut& out, Ranks* ranks) const
   const double unit = layout_.step / kFractions;
   Predictions before_row;
   before_row.log_z.resize(layout_.temperatures);
-  std::vector<uint32_t> coded;  // ranks of a row, as they come
-  std::vector<std::pair<uint32_t, int64_t>> order;
-  std::vector<float> weights;
-  std::vector<int32_t> counts;
+  std::vector<uint32_t> coded;        // ranks of a row, as they come
+  std::vector<int64_t> run_begins;    // where entries begin that have one level
+  RunSorter sorter;
   out.offsets[0] = 0;
   for (int64_t row = 0; row < out.rows; ++row) {
     const int64_t begin = out.offsets[row], missing = number(kCount), count = missing == 0 ? 0 : 1 + int64_t{layout_.k} - missing;
@@ -410,22 +447,9 @@ Complaint RowModel::decode(Span payload, const RowsOut& out, Ranks* ranks) const
     float* logprobs = out.logprobs + begin;
     uint64_t level = 0;
     uint32_t fraction = 0, before = 0;
-    int64_t run = 1;
-    const auto sort_run = [&](int64_t stop) {  // entries of one level stand with the lower id first
-      if (stop - run < 2) return;
-      if (!out.weights && !out.counts) return std::sort(ids + run, ids + stop);
-      order.clear();
-      for (int64_t j = run; j < stop; ++j) order.emplace_back(static_cast<uint32_t>(ids[j]), begin + j);
-      std::sort(order.begin(), order.end());
-      if (out.weights) weights.assign(out.weights + begin + run, out.weights + begin + stop);
-      if (out.counts) counts.assign(out.counts + begin + run, out.counts + begin + stop);
-      for (int64_t j = run; j < stop; ++j) {
-        ids[j] = order[j - run].first;
-        const int64_t from = order[j - run].second - begin - run;
-        if (out.weights) out.weights[begin + j] = weights[from];
-        if (out.counts) out.counts[begin + j] = counts[from];
-      }
-    };
+    coded.resize(count);
+    run_begins.resize(count + 1);
+    size_t runs = 0;
     for (int64_t j = 0; j < count; ++j) {
       uint64_t rank;
       if (is_exact) {
@@ -435,25 +459,22 @@ Complaint RowModel::decode(Span payload, const RowsOut& out, Ranks* ranks) const
         const uint32_t gap = number(kGap + place_of(j));
         if (j == 0) fraction = reader.bits(4);
         level += gap;
-        const bool is_tie = gap == 0 && j > 1;
-        rank = is_tie ? uint64_t{before} + 1 + number(tie_context(before)) : number(kRank + place_of(j));
-        if (!is_tie && j > 1) {
-          sort_run(j);
-          run = j;
-        }
+        const bool is_tie = (gap == 0) & (j > 1);
+        rank = (is_tie ? uint64_t{before} + 1 : 0) + number(is_tie ? tie_context(before) : kRank + place_of(j));
+        run_begins[runs] = j;
+        runs += !is_tie;
         logprobs[j] = static_cast<float>(0.0 - static_cast<double>(level * kFractions + fraction) * unit);
       }
       if (rank >= layout_.vocab) return {"ids, below", layout_.vocab, static_cast<int64_t>(rank)};
-      before = static_cast<uint32_t>(rank);
+      before = coded[j] = static_cast<uint32_t>(rank);
       ids[j] = ranks ? ranks->id_of_rank[before] : before;
-      coded.push_back(before);
       if (out.weights) out.weights[begin + j] = float_of(reader.bits(32));
       if (out.counts) out.counts[begin + j] = static_cast<int32_t>(number(kWeight));
     }
-    if (!is_exact) sort_run(count);
-    if (ranks)
-      for (const uint32_t rank : coded) ranks->promote(rank);
-    coded.clear();
+    run_begins[runs] = count;
+    for (size_t i = 0; i < runs; ++i)
+      if (run_begins[i + 1] - run_begins[i] > 1) sorter.sort(out, begin + run_begins[i], begin + run_begins[i + 1]);
+    if (ranks) ranks->promote(coded.data(), coded.size());
     if (level > kMaxLevel) return {"levels, at most", kMaxLevel, static_cast<int64_t>(level)};
 
     if (out.tail) {

@@ -64,7 +64,7 @@ class Ranks {
 
   void find_ranks();
   void swap(uint32_t a, uint32_t b);
-  void promote(uint32_t rank);
+  void promote(const uint32_t* ranks, size_t count);
   void restore();
 
   std::vector<uint32_t> id_of_rank;
