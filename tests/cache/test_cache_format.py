@@ -13,7 +13,9 @@ import pytest
 import torch
 from cache_builders import assert_rows, example, manifest, write
 
+import kd_kernels.cache
 from kd_kernels.cache import CacheReader, content_key
+from kd_kernels.cache.codec import RowModel
 from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index, encode_model
 from kd_kernels.cache.shard import Shard
 
@@ -296,3 +298,20 @@ def test_offsets_beyond_4_gib(tmp_path):
     shard = Shard(tmp_path / header.name, header)
     assert shard.index()[2] == offset + len(block)
     assert_rows(shard.rows(entry, cache), item, cache)
+
+
+def test_the_vectors_of_the_format():
+    text = Path(kd_kernels.cache.__file__).with_name("FORMAT.md").read_text()
+    vectors = text[text.index("### 4.6") :].split("```")[1].strip().split("\n\n")
+    model, block = (bytes.fromhex(vector.replace("\n", "")) for vector in vectors)
+    identity = dict(vocab=40, k=4, temperatures=[1.0, 2.0], step_nats=1 / 16, tail=True, importance=False)
+    first, second, third = plain_payload(identity, block, plain_model(identity, model), 3, 6)
+    assert second is None
+    assert (first["ids"], third["ids"]) == ([7, 3, 30, 21], [7, 5])
+    assert (first["logprobs"], third["logprobs"]) == ([-0.5, -2.0, -2.0, -2.75], [-0.125, -3.0])
+    assert [row["tail"] for row in (first, third)] == pytest.approx([-3.003986, -2.506910], abs=1e-6)
+    assert [(row["log_z"], row["next"]) for row in (first, third)] == [([0.0, 1.5], -2.0), ([0.0, 0.75], -6.25)]
+    cache = manifest(vocab=40, k=4, temperatures=(1.0, 2.0))
+    found = RowModel(model, cache).decode(block, 3, 6)
+    assert found.targets.ids.tolist() == first["ids"] + third["ids"]
+    assert RowModel(model, cache).encode(found) == block
