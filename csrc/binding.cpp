@@ -225,8 +225,8 @@ py::bytes learn_model(const kd::RowLayout& layout, const std::vector<RowsTuple>&
   return bytes(payload);
 }
 
-py::object read_model(kd::RowModel& model, const kd::RowLayout& layout, const py::buffer& payload, bool for_writing) {
-  return complaint(model.read(layout, span(payload.request()), for_writing));
+py::object read_model(kd::RowModel& model, const kd::RowLayout& layout, const py::buffer& payload) {
+  return complaint(model.read(layout, span(payload.request())));
 }
 
 py::bytes encode_rows(const kd::RowModel& model, const RowsTuple& rows) {
@@ -286,6 +286,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("read", &read_model)
       .def("encode", &encode_rows)
+      .def("bits", [](const kd::RowModel& model, const RowsTuple& rows) { return model.bits_by_context(rows_in(rows)); })
       .def("decode", &decode_rows);
   m.def("learn_model", &learn_model);
   m.def("philox", &philox, "Four words of a counter and a key: for the known answers.");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 
 namespace kd {
 namespace {
@@ -12,15 +13,21 @@ constexpr double kTailFinesse = 4;    // the tail's log-odds are stored to step 
 constexpr double kLogZFinesse = 16;   // log Z to step / 16
 constexpr uint64_t kMaxLevel = 1u << 30;
 constexpr uint32_t kPlaces = 8, kTies = 14, kRankLevels = 64;
+constexpr uint32_t kTop = 16, kDeep = 8192;  // ranks below kTop are final; from kDeep on they rise faster
 
 // Contexts. Gaps and ranks depend on the place in the row; the rank of an entry as likely as the one before, on that one.
-enum Context : uint32_t { kCount, kTail, kNext, kNextLevel, kIdLevel, kWeight, kGap, kRank = kGap + kPlaces,
+enum Context : uint32_t { kCount, kTail, kCutTail, kNext, kNextLevel, kIdLevel, kWeight, kGap, kRank = kGap + kPlaces,
                           kTie = kRank + kPlaces, kLogZ = kTie + kTies };
+
+// An id that came moves from its rank to this one.
+uint32_t promoted(uint32_t rank) { return rank < kTop ? rank : rank < kDeep ? rank / 2 : rank / 4; }
 
 uint32_t context_count(const RowLayout& layout) { return kLogZ + layout.temperatures; }
 
 uint32_t place_of(int64_t j) { return j == 0 ? 0 : std::min(1 + log2_floor(static_cast<uint32_t>(j)), kPlaces - 1); }
-uint32_t tie_context(uint32_t rank) { return kTie + std::min(class_of(rank) / 4, kTies - 1); }
+
+// kTie + class_of(rank) / 4, without a branch.
+uint32_t tie_context(uint32_t rank) { return kTie + (rank < 16 ? rank / 4 : 2 + log2_floor(rank | 1) / 2); }
 
 enum Next : uint32_t { kNotKnown, kImpossible, kNotKept, kEntry };  // kEntry + j: the row's entry j
 
@@ -30,8 +37,16 @@ int64_t unzigzag(uint32_t v) { return v & 1 ? -static_cast<int64_t>(v / 2) - 1 :
 // A tail of mass t as log(t / (1 - t)): as exact for the entries' mass as for the tail's own.
 double log_odds(double log_tail) { return std::min(log_tail - std::log(-std::expm1(std::min(log_tail, 0.0))), 89.0); }
 
-// The tail is near the last entry's logprob, more often than not.
-int64_t tail_prediction(uint64_t last_level) { return -static_cast<int64_t>(kTailFinesse) * std::min<uint64_t>(last_level, 1 << 20); }
+// What the rows before say of the next one's tail and log Z.
+struct Predictions {
+  int64_t cut_tail = 0;
+  std::vector<int64_t> log_z;
+
+  // Of k entries the tail goes with the last. A row that was cut short of k was cut at some mass, like others before it.
+  int64_t tail(bool is_cut, uint64_t last_level) const {
+    return is_cut ? cut_tail : -static_cast<int64_t>(kTailFinesse) * static_cast<int64_t>(std::min<uint64_t>(last_level, 1 << 20));
+  }
+};
 
 uint32_t bits_of(float value) {
   uint32_t bits;
@@ -44,53 +59,82 @@ float float_of(uint32_t bits) {
   return value;
 }
 
-// Ids by falling level, and of equal levels the lower first.
-std::vector<uint32_t> ids_by_rank(const std::vector<uint8_t>& levels) {
-  std::vector<uint32_t> begin(kRankLevels + 1, 0), ids(levels.size());
-  for (const uint8_t level : levels) ++begin[kRankLevels - level];
-  for (uint32_t i = 1; i <= kRankLevels; ++i) begin[i] += begin[i - 1];
-  for (uint32_t id = 0; id < levels.size(); ++id) ids[begin[kRankLevels - 1 - levels[id]]++] = id;
-  return ids;
-}
+// Entries of one level stand with the lower id first.
+class RunSorter {
+ public:
+  void sort(const RowsOut& out, int64_t begin, int64_t end) {
+    if (!out.weights && !out.counts) {
+      if (end - begin > 16) return std::sort(out.ids + begin, out.ids + end);
+      for (int64_t i = begin + 1; i < end; ++i) {
+        const int64_t id = out.ids[i];
+        int64_t j = i;
+        for (; j > begin && out.ids[j - 1] > id; --j) out.ids[j] = out.ids[j - 1];
+        out.ids[j] = id;
+      }
+      return;
+    }
+    entries_.clear();
+    for (int64_t i = begin; i < end; ++i)
+      entries_.push_back({out.ids[i], out.weights ? out.weights[i] : 0, out.counts ? out.counts[i] : 0});
+    std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.id < b.id; });
+    for (int64_t i = begin; i < end; ++i) {
+      const Entry& entry = entries_[i - begin];
+      out.ids[i] = entry.id;
+      if (out.weights) out.weights[i] = entry.weight;
+      if (out.counts) out.counts[i] = entry.count;
+    }
+  }
 
-std::vector<uint32_t> inverse(const std::vector<uint32_t>& permutation) {
-  std::vector<uint32_t> found(permutation.size());
-  for (uint32_t i = 0; i < found.size(); ++i) found[permutation[i]] = i;
-  return found;
-}
+ private:
+  struct Entry {
+    int64_t id;
+    float weight;
+    int32_t count;
+  };
+  std::vector<Entry> entries_;
+};
 
 // Puts the numbers of rows into a sink, in the order in which they are coded.
 template <class Sink> class RowWalk {
  public:
-  RowWalk(const RowLayout& layout, const RowsIn& rows, const std::vector<uint32_t>& rank_of_id, Sink& sink)
-      : layout_(layout), rows_(rows), rank_of_id_(rank_of_id), sink_(sink) {}
+  RowWalk(const RowLayout& layout, const RowsIn& rows, Ranks* ranks, Sink& sink)
+      : layout_(layout), rows_(rows), ranks_(ranks), sink_(sink) {
+    before_.log_z.resize(layout.temperatures);
+  }
 
   void all() {
     for (int64_t row = 0; row < rows_.rows; ++row) {
       const int64_t begin = rows_.offsets[row], count = rows_.offsets[row + 1] - begin;
-      sink_.number(kCount, static_cast<uint32_t>(count));
+      sink_.number(kCount, count == 0 ? 0 : 1 + static_cast<uint32_t>(layout_.k - count));
       if (count == 0) continue;
       const uint64_t last_level = layout_.step > 0 ? rounded(begin, count) : exact(begin, count);
-      if (layout_.tail) tail(rows_.tail[row], last_level);
+      if (layout_.tail) tail(rows_.tail[row], count < layout_.k, last_level);
       for (uint32_t t = 0; t < layout_.temperatures; ++t) log_z(t, rows_.log_z[t * rows_.rows + row]);
       next(rows_.next[row], begin, count);
+      if (!ranks_) continue;
+      coded_.clear();
+      for (const uint64_t each : order_) coded_.push_back(static_cast<uint32_t>(each >> 32));
+      ranks_->promote(coded_.data(), coded_.size());
     }
+    if (ranks_) ranks_->restore();
   }
 
  private:
   uint32_t rank(int64_t entry) const {
     const uint32_t id = static_cast<uint32_t>(rows_.ids[entry]);
-    return rank_of_id_.empty() ? id : rank_of_id_[id];
+    return ranks_ ? ranks_->rank_of_id[id] : id;
   }
 
   void weight(int64_t entry) {
-    if (layout_.weights == Weights::fp32) sink_.bits(bits_of(rows_.weights[entry]), 32);
+    if (layout_.weights == Weights::fp32) sink_.bits(kWeight, bits_of(rows_.weights[entry]), 32);
     if (layout_.weights == Weights::counts) sink_.number(kWeight, static_cast<uint32_t>(rows_.counts[entry]));
   }
 
   uint64_t exact(int64_t begin, int64_t count) {
+    order_.resize(count);
     for (int64_t j = 0; j < count; ++j) {
-      sink_.bits(bits_of(rows_.logprobs[begin + j]), 32);
+      order_[j] = static_cast<uint64_t>(rank(begin + j)) << 32 | static_cast<uint64_t>(j);
+      sink_.bits(kGap, bits_of(rows_.logprobs[begin + j]), 32);
       sink_.number(kRank + place_of(j), rank(begin + j));
       weight(begin + j);
     }
@@ -119,7 +163,7 @@ template <class Sink> class RowWalk {
       const bool is_tie = gap == 0 && j > 1;
       level = levels_[j];
       sink_.number(kGap + place_of(j), gap);
-      if (j == 0) sink_.bits(fraction, 4);
+      if (j == 0) sink_.bits(kGap, fraction, 4);
       if (is_tie) sink_.number(tie_context(before), r - before - 1);
       else sink_.number(kRank + place_of(j), r);
       weight(begin + static_cast<int64_t>(order_[j] & 0xffffffffu));
@@ -128,35 +172,40 @@ template <class Sink> class RowWalk {
     return level;
   }
 
-  void tail(float log_tail, uint64_t last_level) {
-    if (layout_.step == 0) return sink_.bits(bits_of(log_tail), 32);
+  void tail(float log_tail, bool is_cut, uint64_t last_level) {
+    if (layout_.step == 0) return sink_.bits(kTail, bits_of(log_tail), 32);
     const double odds = log_odds(log_tail) * kTailFinesse / layout_.step;
-    if (odds < -static_cast<double>(kMaxLevel)) return sink_.number(kTail, 0);  // mass 0
-    sink_.number(kTail, 1 + zigzag(std::llround(odds) - tail_prediction(last_level)));
+    const uint32_t context = is_cut ? kCutTail : kTail;
+    if (odds < -static_cast<double>(kMaxLevel / 2)) return sink_.number(context, 0);  // mass 0
+    const int64_t units = std::llround(odds);
+    sink_.number(context, 1 + zigzag(units - before_.tail(is_cut, last_level)));
+    if (is_cut) before_.cut_tail = units;
   }
 
   void log_z(uint32_t t, float value) {
-    if (layout_.step == 0) return sink_.bits(bits_of(value), 32);
-    sink_.number(kLogZ + t, zigzag(std::llround(value * kLogZFinesse / layout_.step)));
+    if (layout_.step == 0) return sink_.bits(kLogZ + t, bits_of(value), 32);
+    const int64_t units = std::llround(value * kLogZFinesse / layout_.step);
+    sink_.number(kLogZ + t, zigzag(units - before_.log_z[t]));
+    before_.log_z[t] = units;
   }
 
   void next(float value, int64_t begin, int64_t count) {
     if (std::isnan(value)) return sink_.number(kNext, kNotKnown);
     if (std::isinf(value)) return sink_.number(kNext, kImpossible);
     for (int64_t j = 0; j < count; ++j)
-      if (rows_.logprobs[begin + static_cast<int64_t>(order_of(j))] == value)
+      if (rows_.logprobs[begin + static_cast<int64_t>(order_[j] & 0xffffffffu)] == value)
         return sink_.number(kNext, kEntry + static_cast<uint32_t>(j));
     sink_.number(kNext, kNotKept);
-    if (layout_.step == 0) sink_.bits(bits_of(value), 32);
+    if (layout_.step == 0) sink_.bits(kNextLevel, bits_of(value), 32);
     else sink_.number(kNextLevel, static_cast<uint32_t>(std::max(0.0, std::nearbyint(-value / layout_.step))));
   }
 
-  uint64_t order_of(int64_t j) const { return layout_.step > 0 ? order_[j] & 0xffffffffu : static_cast<uint64_t>(j); }
-
   const RowLayout& layout_;
   const RowsIn& rows_;
-  const std::vector<uint32_t>& rank_of_id_;
+  Ranks* ranks_;  // null: every id is its own rank
   Sink& sink_;
+  Predictions before_;
+  std::vector<uint32_t> coded_;  // ranks of a row, in the order in which they are coded
   std::vector<uint64_t> levels_, order_;  // order: rank, and place in the row as it was given
 };
 
@@ -164,14 +213,14 @@ struct CodeSink {
   const std::vector<Distribution>& contexts;
   CodeWriter writer;
   void number(uint32_t context, uint32_t value) { writer.number(contexts[context], value); }
-  void bits(uint32_t value, uint32_t count) { writer.bits(value, count); }
+  void bits(uint32_t, uint32_t value, uint32_t count) { writer.bits(value, count); }
 };
 
 struct CountSink {
   std::vector<std::vector<double>> counts;
   explicit CountSink(uint32_t contexts) : counts(contexts, std::vector<double>(kClasses)) {}
   void number(uint32_t context, uint32_t value) { ++counts[context][class_of(value)]; }
-  void bits(uint32_t, uint32_t) {}
+  void bits(uint32_t, uint32_t, uint32_t) {}
 };
 
 constexpr double kPrior = 16;  // a context that is new leans on the others of its kind with so many numbers
@@ -187,6 +236,16 @@ void lean_on_each_other(std::vector<std::vector<double>>& counts, uint32_t begin
     for (uint32_t s = 0; s < kClasses; ++s) counts[c][s] += kPrior * sum[s] / total;
   }
 }
+
+struct CostSink {
+  const std::vector<Distribution>& contexts;
+  std::vector<double> cost;
+  void number(uint32_t context, uint32_t value) {
+    const Distribution::Symbol& s = contexts[context].of(value);
+    cost[context] += kTotalBits - std::log2(s.frequency) + s.bits;
+  }
+  void bits(uint32_t context, uint32_t, uint32_t count) { cost[context] += count; }
+};
 
 // Frequencies in the proportion of the counts, each at least 1, with an escape after the highest class that was seen.
 std::vector<uint16_t> normalised(const std::vector<double>& counts) {
@@ -210,25 +269,54 @@ std::vector<uint16_t> normalised(const std::vector<double>& counts) {
 }
 
 // Ranks to learn from. An id that was seen once would not have been seen without the entry that is looked at: in rows to
-// come such ids stand among those not seen yet. So they are spread over these, without two in one place.
-std::vector<uint32_t> ranks_to_learn_from(const std::vector<uint8_t>& levels, const int32_t* id_counts) {
-  const std::vector<uint32_t> ids = ids_by_rank(levels);
-  std::vector<uint32_t> ranks = inverse(ids);
-  const uint32_t total = static_cast<uint32_t>(ids.size());
+// come such ids stand among those not seen yet. So they change places with some of these, evenly spread.
+Ranks ranks_to_learn_from(const std::vector<uint8_t>& levels, const int32_t* id_counts) {
+  Ranks ranks(levels);
+  const size_t total = levels.size();
   const auto seen = [&](int32_t least) {
-    return static_cast<uint32_t>(std::count_if(id_counts, id_counts + total, [=](int32_t n) { return n >= least; }));
+    return static_cast<uint64_t>(std::count_if(id_counts, id_counts + total, [=](int32_t n) { return n >= least; }));
   };
   const uint64_t first_once = seen(2), first_new = seen(1), once = first_new - first_once, fresh = total - first_new;
-  if (once > 0 && fresh >= once)
-    for (uint64_t i = 0; i < once; ++i) ranks[ids[first_once + i]] = static_cast<uint32_t>(first_new + i * fresh / once);
+  ranks.find_ranks();
+  if (fresh >= once)
+    for (uint64_t i = 0; i < once; ++i)
+      ranks.swap(static_cast<uint32_t>(first_once + i), static_cast<uint32_t>(first_new + i * fresh / once));
   return ranks;
 }
 
 }  // namespace
 
+Ranks::Ranks(const std::vector<uint8_t>& levels) : id_of_rank(levels.size()) {
+  uint32_t begin[kRankLevels + 1] = {};
+  for (const uint8_t level : levels) ++begin[kRankLevels - level];
+  for (uint32_t i = 1; i <= kRankLevels; ++i) begin[i] += begin[i - 1];
+  for (uint32_t id = 0; id < levels.size(); ++id) id_of_rank[begin[kRankLevels - 1 - levels[id]]++] = id;
+}
+
+void Ranks::find_ranks() {
+  rank_of_id.resize(id_of_rank.size());
+  for (uint32_t rank = 0; rank < id_of_rank.size(); ++rank) rank_of_id[id_of_rank[rank]] = rank;
+}
+
+inline void Ranks::swap(uint32_t a, uint32_t b) {
+  std::swap(id_of_rank[a], id_of_rank[b]);
+  if (rank_of_id.empty()) return;
+  rank_of_id[id_of_rank[a]] = a;
+  rank_of_id[id_of_rank[b]] = b;
+}
+
+void Ranks::promote(const uint32_t* ranks, size_t count) {
+  promoted_.insert(promoted_.end(), ranks, ranks + count);
+  for (size_t i = 0; i < count; ++i) swap(ranks[i], promoted(ranks[i]));
+}
+
+void Ranks::restore() {
+  for (; !promoted_.empty(); promoted_.pop_back()) swap(promoted_.back(), promoted(promoted_.back()));
+}
+
 std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<RowsIn>& rows, const int32_t* id_counts) {
   std::vector<uint8_t> levels;
-  std::vector<uint32_t> rank_of_id;
+  std::unique_ptr<Ranks> ranks;
   CountSink sink(context_count(layout));
   if (id_counts) {
     levels.resize(layout.vocab);
@@ -236,9 +324,9 @@ std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<Rows
       levels[id] = static_cast<uint8_t>(2.0 * std::log2(1.0 + id_counts[id]));
       sink.number(kIdLevel, levels[id]);
     }
-    rank_of_id = ranks_to_learn_from(levels, id_counts);
+    ranks = std::make_unique<Ranks>(ranks_to_learn_from(levels, id_counts));
   }
-  for (const RowsIn& part : rows) RowWalk<CountSink>(layout, part, rank_of_id, sink).all();
+  for (const RowsIn& part : rows) RowWalk<CountSink>(layout, part, ranks.get(), sink).all();
   lean_on_each_other(sink.counts, kGap, kRank);
   lean_on_each_other(sink.counts, kRank, kLogZ);
 
@@ -255,7 +343,7 @@ std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<Rows
   return writer.finish();
 }
 
-Complaint RowModel::read(const RowLayout& layout, Span payload, bool for_writing) {
+Complaint RowModel::read(const RowLayout& layout, Span payload) {
   layout_ = layout;
   CodeReader reader;
   if (!reader.open(payload)) return {"bytes of a model", kCodeHeadBytes, static_cast<int64_t>(payload.size)};
@@ -274,42 +362,79 @@ Complaint RowModel::read(const RowLayout& layout, Span payload, bool for_writing
     frequencies.back() = static_cast<uint16_t>(left);
     context.assign(frequencies);
   }
-  id_of_rank_.clear();
-  rank_of_id_.clear();
-  if (reader.bits(1)) {
-    std::vector<uint8_t> levels(layout.vocab);
-    for (uint8_t& level : levels) {
-      const uint32_t value = reader.number(contexts_[kIdLevel]);
-      if (value >= kRankLevels) return {"level of an id, below", kRankLevels, value};
-      level = static_cast<uint8_t>(value);
-    }
-    id_of_rank_ = ids_by_rank(levels);
-    if (for_writing) rank_of_id_ = inverse(id_of_rank_);
+  levels_.assign(reader.bits(1) ? layout.vocab : 0, 0);
+  for (uint8_t& level : levels_) {
+    const uint32_t value = reader.number(contexts_[kIdLevel]);
+    if (value >= kRankLevels) return {"level of an id, below", kRankLevels, value};
+    level = static_cast<uint8_t>(value);
   }
+  idle_.clear();
   if (!reader.is_at_end()) return {"end of a model", 1, 0};
   return {};
 }
 
+std::unique_ptr<Ranks> RowModel::take_ranks() const {
+  if (levels_.empty()) return nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!idle_.empty()) {
+      std::unique_ptr<Ranks> ranks = std::move(idle_.back());
+      idle_.pop_back();
+      return ranks;
+    }
+  }
+  return std::make_unique<Ranks>(levels_);
+}
+
+void RowModel::give_back(std::unique_ptr<Ranks> ranks) const {
+  if (!ranks) return;
+  ranks->restore();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(ranks));
+}
+
+template <class Sink> void RowModel::walk(const RowsIn& rows, Sink& sink) const {
+  std::unique_ptr<Ranks> ranks = take_ranks();
+  if (ranks && ranks->rank_of_id.empty()) ranks->find_ranks();
+  RowWalk<Sink>(layout_, rows, ranks.get(), sink).all();
+  give_back(std::move(ranks));
+}
+
 std::vector<uint8_t> RowModel::encode(const RowsIn& rows) const {
   CodeSink sink{contexts_, {}};
-  RowWalk<CodeSink>(layout_, rows, rank_of_id_, sink).all();
+  walk(rows, sink);
   return sink.writer.finish();
 }
 
+std::vector<double> RowModel::bits_by_context(const RowsIn& rows) const {
+  CostSink sink{contexts_, std::vector<double>(contexts_.size())};
+  walk(rows, sink);
+  return sink.cost;
+}
+
 Complaint RowModel::decode(Span payload, const RowsOut& out) const {
+  std::unique_ptr<Ranks> ranks = take_ranks();
+  const Complaint wrong = decode(payload, out, ranks.get());
+  give_back(std::move(ranks));
+  return wrong;
+}
+
+Complaint RowModel::decode(Span payload, const RowsOut& out, Ranks* ranks) const {
   CodeReader reader;
   if (!reader.open(payload)) return {"bytes of a payload", kCodeHeadBytes, static_cast<int64_t>(payload.size)};
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const auto number = [&](uint32_t context) { return reader.number(contexts_[context]); };
   const bool is_exact = layout_.step == 0;
   const double unit = layout_.step / kFractions;
-  std::vector<std::pair<uint32_t, int64_t>> order;
-  std::vector<float> weights;
-  std::vector<int32_t> counts;
+  Predictions before_row;
+  before_row.log_z.resize(layout_.temperatures);
+  std::vector<uint32_t> coded;        // ranks of a row, as they come
+  std::vector<int64_t> run_begins;    // where entries begin that have one level
+  RunSorter sorter;
   out.offsets[0] = 0;
   for (int64_t row = 0; row < out.rows; ++row) {
-    const int64_t begin = out.offsets[row], count = number(kCount);
-    if (count > layout_.k) return {"entries of a row, at most k", layout_.k, count};
+    const int64_t begin = out.offsets[row], missing = number(kCount), count = missing == 0 ? 0 : 1 + int64_t{layout_.k} - missing;
+    if (missing > layout_.k) return {"entries that a row lacks, below k", layout_.k, missing - 1};
     if (count > out.entries - begin) return {"entries of a block", out.entries, begin + count};
     out.offsets[row + 1] = begin + count;
     if (count == 0) {
@@ -322,22 +447,9 @@ Complaint RowModel::decode(Span payload, const RowsOut& out) const {
     float* logprobs = out.logprobs + begin;
     uint64_t level = 0;
     uint32_t fraction = 0, before = 0;
-    int64_t run = 1;
-    const auto sort_run = [&](int64_t stop) {  // entries of one level stand with the lower id first
-      if (stop - run < 2) return;
-      if (!out.weights && !out.counts) return std::sort(ids + run, ids + stop);
-      order.clear();
-      for (int64_t j = run; j < stop; ++j) order.emplace_back(static_cast<uint32_t>(ids[j]), begin + j);
-      std::sort(order.begin(), order.end());
-      if (out.weights) weights.assign(out.weights + begin + run, out.weights + begin + stop);
-      if (out.counts) counts.assign(out.counts + begin + run, out.counts + begin + stop);
-      for (int64_t j = run; j < stop; ++j) {
-        ids[j] = order[j - run].first;
-        const int64_t from = order[j - run].second - begin - run;
-        if (out.weights) out.weights[begin + j] = weights[from];
-        if (out.counts) out.counts[begin + j] = counts[from];
-      }
-    };
+    coded.resize(count);
+    run_begins.resize(count + 1);
+    size_t runs = 0;
     for (int64_t j = 0; j < count; ++j) {
       uint64_t rank;
       if (is_exact) {
@@ -347,37 +459,43 @@ Complaint RowModel::decode(Span payload, const RowsOut& out) const {
         const uint32_t gap = number(kGap + place_of(j));
         if (j == 0) fraction = reader.bits(4);
         level += gap;
-        const bool is_tie = gap == 0 && j > 1;
-        rank = is_tie ? uint64_t{before} + 1 + number(tie_context(before)) : number(kRank + place_of(j));
-        if (!is_tie && j > 1) {
-          sort_run(j);
-          run = j;
-        }
+        const bool is_tie = (gap == 0) & (j > 1);
+        rank = (is_tie ? uint64_t{before} + 1 : 0) + number(is_tie ? tie_context(before) : kRank + place_of(j));
+        run_begins[runs] = j;
+        runs += !is_tie;
         logprobs[j] = static_cast<float>(0.0 - static_cast<double>(level * kFractions + fraction) * unit);
       }
       if (rank >= layout_.vocab) return {"ids, below", layout_.vocab, static_cast<int64_t>(rank)};
-      before = static_cast<uint32_t>(rank);
-      ids[j] = id_of_rank_.empty() ? before : id_of_rank_[before];
+      before = coded[j] = static_cast<uint32_t>(rank);
+      ids[j] = ranks ? ranks->id_of_rank[before] : before;
       if (out.weights) out.weights[begin + j] = float_of(reader.bits(32));
       if (out.counts) out.counts[begin + j] = static_cast<int32_t>(number(kWeight));
     }
-    if (!is_exact) sort_run(count);
+    run_begins[runs] = count;
+    for (size_t i = 0; i < runs; ++i)
+      if (run_begins[i + 1] - run_begins[i] > 1) sorter.sort(out, begin + run_begins[i], begin + run_begins[i + 1]);
+    if (ranks) ranks->promote(coded.data(), coded.size());
     if (level > kMaxLevel) return {"levels, at most", kMaxLevel, static_cast<int64_t>(level)};
 
     if (out.tail) {
       if (is_exact) {
         out.tail[row] = float_of(reader.bits(32));
       } else {
-        const uint32_t code = number(kTail);
-        const double odds = static_cast<double>(unzigzag(code - 1) + tail_prediction(level)) * layout_.step / kTailFinesse;
-        out.tail[row] = code == 0 ? -std::numeric_limits<float>::infinity()
-                                  : static_cast<float>(odds < -40 ? odds : -std::log1p(std::exp(-odds)));
+        const bool is_cut = count < layout_.k;
+        const uint32_t code = number(is_cut ? kCutTail : kTail);
+        out.tail[row] = -std::numeric_limits<float>::infinity();
+        if (code > 0) {
+          const int64_t units = unzigzag(code - 1) + before_row.tail(is_cut, level);
+          const double odds = static_cast<double>(units) * layout_.step / kTailFinesse;
+          out.tail[row] = static_cast<float>(odds < -40 ? odds : -std::log1p(std::exp(-odds)));
+          if (is_cut) before_row.cut_tail = units;
+        }
       }
     }
     for (uint32_t t = 0; t < layout_.temperatures; ++t) {
       float& log_z = out.log_z[t * out.rows + row];
       if (is_exact) log_z = float_of(reader.bits(32));
-      else log_z = static_cast<float>(static_cast<double>(unzigzag(number(kLogZ + t))) * layout_.step / kLogZFinesse);
+      else log_z = static_cast<float>(static_cast<double>(before_row.log_z[t] += unzigzag(number(kLogZ + t))) * layout_.step / kLogZFinesse);
     }
     const uint32_t next = number(kNext);
     if (next == kNotKnown) out.next[row] = nan;

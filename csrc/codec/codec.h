@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "rans.h"
@@ -53,25 +55,51 @@ struct RowsOut {
   int32_t* counts;   // [entries], or null
 };
 
-// The distributions of all contexts, and which ids are frequent. Memory: 5 KiB a context, and 4 bytes an id (8 for a writer)
-// where the model ranks ids.
+// Ids by frequency, and ranks by id. Within a block an id that comes moves up: it is likely to come again. Who is done with
+// the block takes that back.
+class Ranks {
+ public:
+  explicit Ranks(const std::vector<uint8_t>& levels);                                           // by falling level, then rising id
+  explicit Ranks(std::vector<uint32_t> ids) : id_of_rank(std::move(ids)) { find_ranks(); }  // [vocab], each id once
+
+  void find_ranks();
+  void swap(uint32_t a, uint32_t b);
+  void promote(const uint32_t* ranks, size_t count);
+  void restore();
+
+  std::vector<uint32_t> id_of_rank;
+  std::vector<uint32_t> rank_of_id;  // empty unless find_ranks was called: readers need none
+
+ private:
+  std::vector<uint32_t> promoted_;
+};
+
+// The distributions of all contexts, and how frequent ids are. Memory: 5 KiB a context; where the model ranks ids, 1 byte an id
+// and 4 more for every thread that decodes at a time (8 where it encodes).
 class RowModel {
  public:
   // Reads the payload of a model block.
-  Complaint read(const RowLayout& layout, Span payload, bool for_writing);
+  Complaint read(const RowLayout& layout, Span payload);
 
   // Room for rows must be as RowsOut says. What was written into it counts only if there is no complaint.
   Complaint decode(Span payload, const RowsOut& out) const;
 
-  // Only after read(..., for_writing=true).
   std::vector<uint8_t> encode(const RowsIn& rows) const;
 
-  const RowLayout& layout() const { return layout_; }
+  // What each context adds to the code of these rows, in bits.
+  std::vector<double> bits_by_context(const RowsIn& rows) const;
 
  private:
+  template <class Sink> void walk(const RowsIn& rows, Sink& sink) const;
+  Complaint decode(Span payload, const RowsOut& out, Ranks* ranks) const;
+  std::unique_ptr<Ranks> take_ranks() const;
+  void give_back(std::unique_ptr<Ranks> ranks) const;
+
   RowLayout layout_{};
   std::vector<Distribution> contexts_;
-  std::vector<uint32_t> id_of_rank_, rank_of_id_;  // empty: every id is its own rank
+  std::vector<uint8_t> levels_;  // [vocab]: logarithms of frequencies; empty: every id is its own rank, always
+  mutable std::mutex mutex_;
+  mutable std::vector<std::unique_ptr<Ranks>> idle_;
 };
 
 // The payload of a model block for rows like these. id_counts [vocab]: how often each id was seen so far; null: do not

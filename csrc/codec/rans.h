@@ -81,8 +81,9 @@ class CodeReader {
     uint32_t words;
     std::memcpy(&words, code.data + sizeof states_, sizeof words);
     if (words > (code.size - kCodeHeadBytes) / 2) return false;
-    word_ = code.data + kCodeHeadBytes;
-    bits_ = word_end_ = word_ + 2 * static_cast<size_t>(words);
+    words_ = code.data + kCodeHeadBytes;
+    word_count_ = words;
+    bits_ = words_ + 2 * static_cast<size_t>(words);
     bits_size_ = static_cast<size_t>(code.data + code.size - bits_);
     return true;
   }
@@ -108,35 +109,32 @@ class CodeReader {
     lane_ = (lane_ + 1) % kLanes;
     const uint32_t slot = state & (kTotal - 1);
     const Distribution::Symbol& s = d.at(slot);
-    uint32_t x = s.frequency * (state >> kTotalBits) + slot - s.start;
-    if (x < kLow) {
-      uint16_t word = 0;
-      if (word_ < word_end_) std::memcpy(&word, word_, 2);
-      else is_short_ = true;
-      word_ += word_ < word_end_ ? 2 : 0;
-      x = x << 16 | word;
-    }
-    state = x;
+    const uint32_t x = s.frequency * (state >> kTotalBits) + slot - s.start;
+    // Without a branch that depends on the data. The word may be bits where the words are at an end: is_short tells.
+    uint16_t word = 0;
+    if (2 * word_ + 2 <= 2 * word_count_ + bits_size_) std::memcpy(&word, words_ + 2 * word_, 2);
+    const bool is_low = x < kLow;
+    state = is_low ? x << 16 | word : x;
+    word_ += is_low;
     return s.base + bits(s.bits);
   }
 
-  bool is_short() const { return is_short_ || (at_ + 7) / 8 > bits_size_; }
+  bool is_short() const { return word_ > word_count_ || (at_ + 7) / 8 > bits_size_; }
 
   // Whether all was read, and the lanes are back where the writer began.
   bool is_at_end() {
     for (const uint32_t state : states_)
       if (state != kLow) return false;
-    if (is_short() || word_ != word_end_ || (at_ + 7) / 8 != bits_size_) return false;
+    if (is_short() || word_ != word_count_ || (at_ + 7) / 8 != bits_size_) return false;
     return bits(static_cast<uint32_t>(8 * bits_size_ - at_)) == 0;
   }
 
  private:
   uint32_t states_[kLanes];
-  const uint8_t *word_, *word_end_, *bits_;
-  size_t bits_size_;
+  const uint8_t *words_, *bits_;
+  size_t word_count_, word_ = 0, bits_size_;
   uint64_t at_ = 0;
   uint32_t lane_ = 0;
-  bool is_short_ = false;
 };
 
 // Writes a code. Symbols are kept and coded last to first when all are known, as a stack is filled.

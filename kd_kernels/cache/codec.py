@@ -16,6 +16,12 @@ from kd_kernels.logits import SparseTargets
 __all__ = ["RowModel", "learn_model", "row_model", "to_bytes"]
 
 
+# Contexts of FORMAT.md, section 4.3; those of log Z follow.
+_STREAMS = (
+    ("counts", 0, 1), ("tail", 1, 3), ("next", 3, 5), ("weights", 6, 7), ("logprobs", 7, 15), ("ids", 15, 37),
+)
+
+
 def to_bytes(values: Tensor) -> bytearray:
     """The elements of a CPU tensor in order, as they lie in memory."""
     data = bytearray(values.numel() * values.element_size())
@@ -32,24 +38,31 @@ class RowModel:
     Args:
         payload: of a model block.
         manifest: of the cache that it is from.
-        for_writing: :meth:`encode` will be called.
 
     Raises:
         ValueError: the payload is no model of such a cache.
         RuntimeError: the extension was not built.
 
-    Cost: 5 KiB a context (about 200 KiB), and 4 bytes an id of the vocabulary (8 for writing) if the model ranks ids.
+    Cost: 5 KiB a context (about 200 KiB). If the model ranks ids, 1 byte an id of the vocabulary, and 4 more for every thread
+    that decodes at a time (8 where it encodes).
     """
 
-    def __init__(self, payload: bytes | memoryview, manifest: CacheManifest, for_writing: bool = False) -> None:
+    def __init__(self, payload: bytes | memoryview, manifest: CacheManifest) -> None:
         self._manifest = manifest
         self._native = extension().RowModel()
-        _raise(self._native.read(_layout(manifest), payload, for_writing))
+        _raise(self._native.read(_layout(manifest), payload))
 
     def encode(self, rows: CachedRows) -> bytes:
         """The payload of a block of these rows, which are as :func:`canonical_rows` gives them."""
         arguments, _ = _addresses(rows.targets, rows.next_logprobs, self._manifest)
         return self._native.encode(arguments)
+
+    def bits(self, rows: CachedRows) -> dict[str, float]:
+        """What each stream takes of the payload of these rows, in bits; to the lanes' 20 bytes, they add up to it."""
+        arguments, _ = _addresses(rows.targets, rows.next_logprobs, self._manifest)
+        by_context = self._native.bits(arguments)
+        sums = {name: sum(by_context[begin:end]) for name, begin, end in _STREAMS}
+        return sums | {"log Z": sum(by_context[_STREAMS[-1][2] :])}
 
     def decode(self, payload: bytes | memoryview, rows: int, entries: int) -> CachedRows:
         """The rows of a block's payload. Nothing larger is allocated than ``rows`` and ``entries`` take.

@@ -34,7 +34,8 @@ class CachedRows:
     """The rows of one sequence, as the cache gives them back.
 
     Attributes:
-        targets: N = L - 1 rows, entries in descending order. A row that is not cached has no entries: all of its mass
+        targets: N = L - 1 rows, entries in descending order; of those that rounding made equal, the teacher's first choice
+            comes first and then the lower id. A row that is not cached has no entries: all of its mass
             is tail (``tail_logprob`` 0), and its log Z is NaN.
         next_logprobs: fp32 ``[N]``, nats: the teacher's log-probability of the token that follows. NaN where not known.
     """

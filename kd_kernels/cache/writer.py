@@ -47,7 +47,7 @@ class CacheWriter:
         manifest: compared with the folder's, if it has one.
         writer: prefix of the files that this writer owns: 1 to 24 of A-Z a-z 0-9 _. :func:`writer_name` makes one that no
             other process of a job has.
-        rows_per_shard: a shard is sealed when it has this many rows (2^20 rows of k = 64 take about 140 MB).
+        rows_per_shard: a shard is sealed when it has this many rows (2^20 rows of k = 64 take about 115 MB).
         rows_per_block: rows that are compressed together, 1..256. Short sequences share a block; a longer one has
             blocks of its own.
 
@@ -112,7 +112,7 @@ class CacheWriter:
                 a row, in any order, distinct and finite; a row without entries counts as not cached. ``temperatures``,
                 ``tail_logprob`` and ``importance`` as the manifest declares them.
             next_logprobs: floats, one a row of ``targets``, nats: the teacher's log-probability of ``tokens[i + 1]``.
-                NaN, or None for all of them: not known; it is then taken from the entries where these have the token.
+                NaN, or None for all of them: not known. Where the entries have the token, theirs is stored.
             positions: bool ``[L - 1]``: the rows that ``targets`` has. None: all.
             layout: lengths of the segments that did not see each other; None: one. Part of the key.
 
@@ -177,7 +177,7 @@ class CacheWriter:
             else:
                 pieces = [_piece(key, len(whole), 0, whole) for key, whole in self._waiting]
             parts.append((pieces, part))
-        is_new = self._learner.see(rows)
+        is_new = any([self._learner.see(part) for _, part in parts])
         with self._closed_on_error():
             if self._builder is None:
                 header = ShardHeader(self._writer, self._next_number, self._digest)

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from cache_builders import Example, assert_holds, assert_rows, example, manifest, write
 
 from kd_kernels.cache import CacheError, CacheReader, CacheWriter, content_key
@@ -207,7 +208,7 @@ class Forged:
         self.header = ShardHeader("w0", 0, bytes(16))
         self.path, self.key = folder / self.header.name, content_key(item.tokens, CACHE)
         self.rows = canonical_rows("", item.tokens, item.targets, item.next_logprobs, None, CACHE)
-        self.model = RowModel(learn_model([self.rows], None, CACHE), CACHE, for_writing=True)
+        self.model = RowModel(learn_model([self.rows], None, CACHE), CACHE)
         self.data = self.header.encode()
         self.data += encode_model(self.header.crc, len(self.data), learn_model([self.rows], None, CACHE))
         self.begin = len(self.data)
@@ -322,14 +323,13 @@ def _of_another_cache(forged: Forged, item: Example, **fields: object) -> bytes:
     """A payload under the same model, of rows that this cache cannot hold."""
     other = manifest(**{"k": 3, "temperatures": (1.0, 2.0)} | fields)
     rows = canonical_rows("", item.tokens, item.targets, item.next_logprobs, None, other)
-    return RowModel(learn_model([forged.rows], None, CACHE), other, for_writing=True).encode(rows)
+    return RowModel(learn_model([forged.rows], None, CACHE), other).encode(rows)
 
 
-def test_counts_above_k(forged):
-    wide = manifest(k=4, temperatures=(1.0, 2.0))
-    payload = _of_another_cache(forged, example(9, 9, wide), k=4)
-    forged.block(0, 8, payload=payload)
-    with pytest.raises(CacheError, match="entries of a row, at most k: expected 3, found 4"):
+def test_rows_that_lack_more_than_k_entries(forged):
+    wide = manifest(k=8, temperatures=(1.0, 2.0))
+    forged.block(0, 8, payload=_of_another_cache(forged, example(9, 9, wide, torch.ones(8, dtype=torch.int64)), k=8))
+    with pytest.raises(CacheError, match="entries that a row lacks, below k: expected 3, found 7"):
         forged.read()
 
 

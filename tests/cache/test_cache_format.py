@@ -13,7 +13,9 @@ import pytest
 import torch
 from cache_builders import assert_rows, example, manifest, write
 
+import kd_kernels.cache
 from kd_kernels.cache import CacheReader, content_key
+from kd_kernels.cache.codec import RowModel
 from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index, encode_model
 from kd_kernels.cache.shard import Shard
 
@@ -81,38 +83,42 @@ def signed(value: int) -> int:
     return -(value + 1) // 2 if value % 2 else value // 2
 
 
-def plain_model(identity: dict, payload: bytes) -> tuple[list[list[int]], list[int]]:
-    """The frequencies of all contexts, and the ids by rank."""
+def plain_model(identity: dict, payload: bytes) -> tuple[list[list[int]], list[int], int]:
+    """The frequencies of all contexts, the ids by rank, and whether the model ranks them."""
     code, contexts = PlainCode(payload), []
-    for _ in range(36 + sum(t != 1 for t in identity["temperatures"])):
+    for _ in range(37 + sum(t != 1 for t in identity["temperatures"])):
         alphabet = code.gamma()
         assert alphabet <= 73
         frequencies = [code.gamma() for _ in range(alphabet - 1)]
         contexts.append([*frequencies, 4096 - sum(frequencies)])
         assert contexts[-1][-1] > 0
     ids = list(range(identity["vocab"]))
-    if code.bits(1):
-        levels = [code.number(contexts[4]) for _ in ids]
+    is_ranked = code.bits(1)
+    if is_ranked:
+        levels = [code.number(contexts[5]) for _ in ids]
         assert max(levels) < 64
         ids.sort(key=lambda id: -levels[id])
     code.end()
-    return contexts, ids
+    return contexts, ids, is_ranked
 
 
 def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_block: int) -> list[dict | None]:
-    contexts, id_of_rank = model
+    contexts, id_of_rank, is_ranked = model
     code, decoded, step = PlainCode(payload), [], identity["step_nats"]
     number = lambda context: code.number(contexts[context])  # noqa: E731
     exact = lambda: struct.unpack("<f", struct.pack("<I", code.bits(32)))[0]  # noqa: E731
+    id_of_rank, cut_tail, last_z = list(id_of_rank), 0, {}
     for _ in range(rows):
-        count, level, fraction, entries = number(0), 0, 0, []
-        if count == 0:
+        missing, level, fraction, entries, ranks = number(0), 0, 0, [], []
+        if missing == 0:
             decoded.append(None)
             continue
+        count = identity["k"] + 1 - missing
+        assert count > 0
         for j in range(count):
             place = 0 if j == 0 else min(j.bit_length(), 7)
             if step:
-                gap = number(6 + place)
+                gap = number(7 + place)
                 level += gap
                 if j == 0:
                     fraction = code.bits(4)
@@ -121,10 +127,11 @@ def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_bl
                 logprob = exact()
             if step and j > 1 and gap == 0:
                 classes = rank if rank < 16 else 2 * rank.bit_length() + 6 + (rank >> rank.bit_length() - 2) % 2
-                rank += 1 + number(22 + min(classes // 4, 13))
+                rank += 1 + number(23 + min(classes // 4, 13))
             else:
-                rank = number(14 + place)
+                rank = number(15 + place)
             weight = exact() if identity["importance"] else None
+            ranks.append(rank)
             entries.append((j > 0, level, id_of_rank[rank], logprob, weight))
         if step:
             entries.sort(key=lambda entry: entry[:3])
@@ -132,20 +139,34 @@ def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_bl
         if identity["tail"] and not step:
             tail = exact()
         elif identity["tail"]:
-            value = number(1)
-            odds = (signed(value - 1) - 4 * min(level, 1 << 20)) * step / 4
-            tail = -math.inf if value == 0 else odds if odds < -40 else -math.log1p(math.exp(-odds))
-        log_z, context = [], 36
+            value = number(1 if count == identity["k"] else 2)
+            if value == 0:
+                tail = -math.inf
+            else:
+                units = signed(value - 1) + (cut_tail if count < identity["k"] else -4 * min(level, 1 << 20))
+                cut_tail = units if count < identity["k"] else cut_tail
+                odds = units * step / 4
+                tail = odds if odds < -40 else -math.log1p(math.exp(-odds))
+        log_z, context = [], 37
         for t in identity["temperatures"]:
-            log_z.append(0.0 if t == 1 else signed(number(context)) * step / 16 if step else exact())
-            context += t != 1
-        following = number(2)
+            if t == 1:
+                log_z.append(0.0)
+                continue
+            if step:
+                last_z[t] = last_z.get(t, 0) + signed(number(context))
+            log_z.append(last_z[t] * step / 16 if step else exact())
+            context += 1
+        following = number(3)
         if following > 2:
             following = entries[following - 3][3]
         elif following == 2:
-            following = -step * number(3) if step else exact()
+            following = -step * number(4) if step else exact()
         else:
             following = [math.nan, -math.inf][following]
+        for rank in ranks if is_ranked else []:
+            if rank >= 16:
+                other = rank // 2 if rank < 8192 else rank // 4
+                id_of_rank[rank], id_of_rank[other] = id_of_rank[other], id_of_rank[rank]
         _, _, ids, logprobs, weights = zip(*entries)
         decoded.append({
             "ids": list(ids), "logprobs": list(logprobs), "weights": list(weights), "tail": tail, "next": following,
@@ -277,3 +298,20 @@ def test_offsets_beyond_4_gib(tmp_path):
     shard = Shard(tmp_path / header.name, header)
     assert shard.index()[2] == offset + len(block)
     assert_rows(shard.rows(entry, cache), item, cache)
+
+
+def test_the_vectors_of_the_format():
+    text = Path(kd_kernels.cache.__file__).with_name("FORMAT.md").read_text()
+    vectors = text[text.index("### 4.6") :].split("```")[1].strip().split("\n\n")
+    model, block = (bytes.fromhex(vector.replace("\n", "")) for vector in vectors)
+    identity = dict(vocab=40, k=4, temperatures=[1.0, 2.0], step_nats=1 / 16, tail=True, importance=False)
+    first, second, third = plain_payload(identity, block, plain_model(identity, model), 3, 6)
+    assert second is None
+    assert (first["ids"], third["ids"]) == ([7, 3, 30, 21], [7, 5])
+    assert (first["logprobs"], third["logprobs"]) == ([-0.5, -2.0, -2.0, -2.75], [-0.125, -3.0])
+    assert [row["tail"] for row in (first, third)] == pytest.approx([-3.003986, -2.506910], abs=1e-6)
+    assert [(row["log_z"], row["next"]) for row in (first, third)] == [([0.0, 1.5], -2.0), ([0.0, 0.75], -6.25)]
+    cache = manifest(vocab=40, k=4, temperatures=(1.0, 2.0))
+    found = RowModel(model, cache).decode(block, 3, 6)
+    assert found.targets.ids.tolist() == first["ids"] + third["ids"]
+    assert RowModel(model, cache).encode(found) == block

@@ -1,0 +1,204 @@
+"""The codec of the teacher cache on rows of SmolLM2-135M-Instruct: bytes by stream, divergence, speed, and other layouts.
+
+``python -m bench.cache_codec [--rows 20000] [--out bench/results/cpu_cache_codec.json]`` scores documents (about four minutes a
+corpus on one core), writes them as caches and reads these back. Corpora: introductions of Wikipedia's articles and the Python of
+the standard library. Half of the documents are for learning, the other half are the unseen ones that are measured. Bytes are of
+whole folders, index and all, divided by rows:
+
+- ``cold``: a cache of the unseen rows alone, whose writer learns its models from them as it goes;
+- ``warm``: what the same rows add to a cache that has as many rows of the other documents already, as in a larger cache.
+
+``triple``: every id stands for three, one of which is drawn at random: V = 147,456, near Qwen's 151,936, and the most that such a
+vocabulary can cost (1.58 bits an entry), because nothing tells which of the three it is.
+
+Other layouts are emulations of the packing alone, on the same entries: Megatron-LM's (fp16 value, 16 bits and one of the id; zlib
+here for its zstd) and DistillKit's at k = 50 with its "budget" settings (14 bytes of values, 16-bit ids).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sysconfig
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import machine
+from kd_kernels import LinearLogits, SparseTargets, topk_targets
+from kd_kernels.cache import CacheManifest, CacheReader, CachedRows, CacheWriter
+from kd_kernels.cache.codec import RowModel, learn_model, to_bytes
+from kd_kernels.cache.rows import canonical_rows
+
+RESULT = Path(__file__).resolve().parent / "results" / "cpu_cache_codec.json"
+VOCAB, K, MOST_TOKENS, ROWS_PER_BLOCK = 49_152, 64, 768, 128
+
+Sequence = tuple[Tensor, SparseTargets, Tensor]
+"""Tokens, teacher, and the log-probabilities of the next tokens."""
+
+
+def texts(corpus: str) -> list[str]:
+    if corpus == "wiki":
+        from kd_trainer.assets import wiki_intros
+
+        found = wiki_intros()
+    else:
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+        files = [file for file in files if not {"site-packages", "test", "tests", "idlelib"} & set(file.parts)]
+        found = [text for file in files if len(text := file.read_text("utf8", "ignore")[:6000]) > 500]
+    random.Random(0).shuffle(found)
+    return found
+
+
+@torch.no_grad()
+def score(model, tokenizer, documents: list[str], rows: int) -> Iterator[Sequence]:
+    """Sequences of at least ``rows`` rows together, k = 64 with log Z at T = 1 only."""
+    weight = model.get_output_embeddings().weight.detach()
+    for text in documents:
+        tokens = torch.tensor(tokenizer(text)["input_ids"][:MOST_TOKENS])
+        if len(tokens) < 8:
+            continue
+        hidden = model.model(tokens[None, :-1]).last_hidden_state[0]
+        logprobs = (hidden @ weight.T).log_softmax(1)
+        following = logprobs.gather(1, tokens[1:, None])[:, 0]
+        yield tokens, topk_targets(LinearLogits(hidden, weight), K), following
+        rows -= len(hidden)
+        if rows <= 0:
+            return
+
+
+def cut_at(sequence: Sequence, mass: float) -> Sequence:
+    """The shortest prefix of each row that reaches the mass, with what it leaves out in the tail."""
+    tokens, targets, following = sequence
+    logprobs = targets.logprobs.view(-1, K).double()
+    before = logprobs.exp().cumsum(1) - logprobs.exp()
+    kept = before < mass
+    tail = torch.logaddexp(targets.tail_logprob.double(), logprobs.masked_fill(kept, -math.inf).logsumexp(1)).float()
+    offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    flat = kept.flatten()
+    return tokens, SparseTargets(offsets, targets.ids[flat], targets.logprobs[flat], tail), following
+
+
+def triple(sequence: Sequence) -> Sequence:
+    tokens, targets, following = sequence
+    generator = torch.Generator().manual_seed(len(tokens))
+    ids = 3 * targets.ids + torch.randint(3, targets.ids.shape, generator=generator)
+    return 3 * tokens, SparseTargets(targets.offsets, ids, targets.logprobs, targets.tail_logprob), following
+
+
+def folder_bytes(sequences: list[Sequence], manifest: CacheManifest, folder: Path) -> int:
+    with CacheWriter(folder, manifest) as writer:
+        for tokens, targets, following in sequences:
+            writer.add(tokens, targets, next_logprobs=following)
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def divergence(sequences: list[Sequence], folder: Path) -> dict[str, float]:
+    """KL(exact || decoded) in nats over entries and tail, as rows come to a loss."""
+    reader, found = CacheReader(folder), []
+    for tokens, targets, _ in sequences:
+        decoded = reader.targets(tokens)
+        row = targets.row_of_entry()
+        order, decoded_order = ((row * (1 << 24) + each.ids).argsort() for each in (targets, decoded))
+        exact, rounded = targets.logprobs.double()[order], decoded.logprobs.double()[decoded_order]
+        tail = targets.tail_logprob.double()
+        kl = tail.exp() * (tail - decoded.tail_logprob.double())
+        found.append(kl.index_add_(0, row, exact.exp() * (exact - rounded)))
+    kl = torch.cat(found)
+    return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
+
+
+def blocks_of(sequences: list[Sequence], manifest: CacheManifest) -> list[CachedRows]:
+    rows = CachedRows.cat([canonical_rows("bench", *each, None, manifest) for each in sequences])
+    return [rows.slice(i, i + ROWS_PER_BLOCK) for i in range(0, len(rows), ROWS_PER_BLOCK)]
+
+
+def codec(known: list[Sequence], unseen: list[Sequence], manifest: CacheManifest, repeats: int) -> dict[str, object]:
+    """Streams in bytes a row, and rows a second of processor time, under a model of the known rows."""
+    learnt, blocks = blocks_of(known, manifest), blocks_of(unseen, manifest)
+    counts = torch.bincount(torch.cat([block.targets.ids for block in learnt]), minlength=manifest.vocab).int()
+    model = RowModel(learn_model(learnt, counts, manifest), manifest)
+    rows = sum(len(block) for block in blocks)
+    streams: dict[str, float] = {}
+    for block in blocks:
+        for name, bits in model.bits(block).items():
+            streams[name] = streams.get(name, 0.0) + bits / 8 / rows
+    payloads = [model.encode(block) for block in blocks]
+    sizes = [(len(block), block.targets.ids.shape[0]) for block in blocks]
+    speeds = {"encode": 0.0, "decode": 0.0}
+    for _ in range(repeats):
+        for name, call in (
+            ("encode", lambda: [model.encode(block) for block in blocks]),
+            ("decode", lambda: [model.decode(payload, *size) for payload, size in zip(payloads, sizes)]),
+        ):
+            start = time.process_time()
+            call()
+            speeds[name] = max(speeds[name], rows / (time.process_time() - start))
+    return {"streams": streams, "rows_per_second": speeds}
+
+
+def other_layouts(unseen: list[Sequence]) -> dict[str, float]:
+    """Bytes a row of the packings alone: without an index, checksums, or anything that says whose rows they are."""
+    rows = sum(len(each[2]) for each in unseen)
+    packed = 0
+    for _, targets, _ in unseen:
+        ids = targets.ids.int()
+        low = ids.view(torch.int16)[::2].contiguous()  # of a little-endian machine
+        parts = (targets.logprobs.half().view(torch.int16), low, (ids >> 16).to(torch.uint8))
+        packed += len(zlib.compress(b"".join(bytes(to_bytes(part)) for part in parts)))
+    return {"megatron, k=64": packed / rows, "distillkit budget, k=50": 14 + 50 * 16 / 8}
+
+
+def measure(
+    known: list[Sequence], unseen: list[Sequence], step: float, vocab: int, mass: float | None, repeats: int
+) -> dict[str, object]:
+    manifest = CacheManifest(teacher="SmolLM2", tokenizer="SmolLM2", vocab=vocab, k=K, mass=mass, step_nats=step)
+    rows = sum(len(each[2]) for each in unseen)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        cold = folder_bytes(unseen, manifest, place / "cold")
+        before = folder_bytes(known, manifest, place / "known")
+        both = folder_bytes(known + unseen, manifest, place / "both")
+        entries = sum(each[1].ids.shape[0] for each in unseen) / rows
+        found = {"entries": entries, "cold": cold / rows, "warm": (both - before) / rows, **divergence(unseen, place / "cold")}
+    return found | codec(known, unseen, manifest, repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20_000, help="of each half of a corpus")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    from kd_trainer.assets import smollm2
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    cases: dict[str, dict[str, object]] = {}
+    for corpus in ("wiki", "code"):
+        documents = texts(corpus)
+        half = len(documents) // 2
+        known, unseen = (
+            list(score(model, tokenizer, part, options.rows)) for part in (documents[:half], documents[half:])
+        )
+        for step in (1 / 32, 1 / 16, 1 / 8):
+            cases[f"{corpus}, k=64, 1/{round(1 / step)}"] = measure(known, unseen, step, VOCAB, None, options.repeats)
+        cut = [[cut_at(each, 0.98) for each in part] for part in (known, unseen)]
+        cases[f"{corpus}, mass 0.98, 1/16"] = measure(*cut, 1 / 16, VOCAB, 0.98, options.repeats)
+        tripled = [[triple(each) for each in part] for part in (known, unseen)]
+        cases[f"{corpus}, triple, k=64, 1/16"] = measure(*tripled, 1 / 16, 3 * VOCAB, None, options.repeats)
+        cases[f"{corpus}, other layouts"] = other_layouts(unseen)
+    options.out.write_text(json.dumps({"machine": machine.describe(), "rows": options.rows, "cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
