@@ -13,13 +13,14 @@ import torch
 import oracles
 from kd_kernels import divergences, topk_targets
 from kd_trainer import methods
-from kd_trainer.config import Config, from_tree
+from kd_trainer.config import Config, from_tree, to_yaml
 from kd_trainer.data import Document, Plan
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective
 from kd_trainer.teachers import LiveTeacher
 from kd_trainer.tiny import save_tiny_model
 from kd_trainer.tokens import OffPolicyTokens, ReplayBuffer, Schedule, uniform
 from kd_trainer.trainer import load_parts, train
+from processes import launch_kdk
 from objective_judge import VOCAB, check, toy
 
 SKEWED = {
@@ -208,6 +209,21 @@ def test_a_resumed_run_goes_on_with_the_buffer_and_what_the_teacher_said(config,
     for one, other in zip(whole, metrics(tmp_path / "run"), strict=True):
         assert {key: one[key] for key in one if key != drop} == {key: other[key] for key in other if key != drop}
     assert len(passes) == sum(line["written"] for line in whole[at:]) < len(whole[at:])
+
+
+def test_two_processes_with_a_buffer_each(config, tmp_path):
+    """Until something is replayed they are the run of one; then each replays what it wrote itself."""
+    runs = {name: config(out=str(tmp_path / name), train={"steps": 8, "batch_tokens": 192}, options={"capacity": 16})
+            for name in ("one", "two")}
+    train(runs["one"])
+    (tmp_path / "two.yaml").write_text(to_yaml(runs["two"]))
+    launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=120)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    alike = next(i for i, line in enumerate(one) if line["replayed"])
+    assert alike >= 1 and len(two) == 8
+    for a, b in zip(one[:alike], two[:alike]):
+        assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert any(line["replayed"] for line in two) and all(math.isfinite(line["loss"]) for line in two)
 
 
 def test_the_corpus_beside(config, tmp_path, text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
@@ -10,13 +11,14 @@ import torch
 
 import oracles
 from kd_trainer import methods, registry, rollout
-from kd_trainer.config import Config, from_tree
+from kd_trainer.config import Config, from_tree, to_yaml
 from kd_trainer.data import Plan, collate
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective
 from kd_trainer.teachers import LiveTeacher
 from kd_trainer.tiny import save_tiny_model
 from kd_trainer.tokens import MixedTokens, Writer
-from kd_trainer.trainer import load_parts
+from kd_trainer.trainer import load_parts, train
+from processes import launch_kdk
 from toy_models import NEW, PROMPT, logprobs, sequence_logprob, texts, toy_model
 
 SHARES = {
@@ -178,6 +180,24 @@ def test_what_a_student_writes_is_not_what_the_data_says(name, made):
     some = parts.documents[:20]
     same = [torch.equal(a.tokens, b.tokens) for a, b in zip(some, method.tokens.produce(some, 0))]
     assert all(same) if name == "supervised_kd" else 0 < sum(same) < 20
+
+
+def test_two_processes_write_and_learn_what_one_does(make_config, teacher_folder, tmp_path):
+    lines = []
+    for name in ("one", "two"):
+        config = make_config(
+            out=str(tmp_path / name), method="gkd", teacher={"model": teacher_folder}, options={"each": "text"},
+            rollout={"prompt_tokens": 6, "max_new_tokens": 8}, train={"steps": 3},
+        )
+        if name == "one":
+            train(config)
+        else:
+            (tmp_path / "two.yaml").write_text(to_yaml(config))
+            launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=120)
+        lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+    for one, two in zip(*lines, strict=True):
+        assert one["tokens"] == two["tokens"] and one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
