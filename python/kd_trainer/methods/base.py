@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from kd_kernels import KDLoss, LinearLogits, TokenStats, divergences, kd_loss, token_stats
 from kd_kernels.divergences import Divergence
 from kd_trainer.config import Config
-from kd_trainer.data import Batch, Document, Plan
+from kd_trainer.data import Batch, Document, Plan, load_documents
 from kd_trainer.errors import fail
 from kd_trainer.models import CausalLM, rows_of
 from kd_trainer.teachers import NoTeacher, Targets, Teacher
@@ -51,6 +51,13 @@ class Parts:
             remedy = f"name one that texts never use, such as the padding token{why}"
             fail("config", "options.mask", "a token of the vocabulary", repr(token), remedy)
         return found
+
+
+def held_out(config: Config, parts: Parts) -> Sequence[Document]:
+    """The texts that ``data.holdout`` leaves out of training; all of them where it leaves out none."""
+    if not config.data.holdout:
+        return parts.documents
+    return load_documents(dataclasses.replace(config.data, part="holdout"), parts.tokenizer, parts.student.vocab)
 
 
 class TokenSource(Protocol):

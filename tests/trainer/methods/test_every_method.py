@@ -23,6 +23,7 @@ WRITTEN = {"prompt_tokens": 6, "max_new_tokens": 12}
 CASES: dict[str, dict] = {
     "baby_llama": {"teachers": 2},
     "churn": {"teachers": 1},
+    "comblm": {"teachers": 2},
     "dco": {"options": {"samples": 4}},
     "distillm": {
         "teachers": 1, "rollout": WRITTEN, "data": {"holdout": 0.3},
