@@ -5,15 +5,17 @@ mixture     texts of the data set and written ones, in given proportions; and tw
 replay      what a student wrote earlier, with what the teacher said about it
 off_policy  a schedule of writing, replay and reading
 pairs       two answers to every prompt
+rounds      what a student makes of the texts of many steps at once
 """
 
 from kd_trainer.tokens.mixture import MixedTokens, SideBySide, uniform
 from kd_trainer.tokens.off_policy import FRESH, OffPolicyTokens, Schedule
 from kd_trainer.tokens.pairs import PairTokens, geometric_means
 from kd_trainer.tokens.replay import RememberingTeacher, ReplayBuffer
+from kd_trainer.tokens.rounds import Rounds
 from kd_trainer.tokens.writers import KeptWriter, Writer, check_prompts, prompt_length
 
 __all__ = [
     "FRESH", "KeptWriter", "MixedTokens", "OffPolicyTokens", "PairTokens", "RememberingTeacher", "ReplayBuffer",
-    "Schedule", "SideBySide", "Writer", "check_prompts", "geometric_means", "prompt_length", "uniform",
+    "Rounds", "Schedule", "SideBySide", "Writer", "check_prompts", "geometric_means", "prompt_length", "uniform",
 ]

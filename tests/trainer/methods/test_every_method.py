@@ -22,6 +22,7 @@ from kd_trainer.trainer import learning_rate, train
 WRITTEN = {"prompt_tokens": 6, "max_new_tokens": 12}
 CASES: dict[str, dict] = {
     "baby_llama": {"teachers": 2},
+    "bash": {"options": {"round_steps": 3, "first_fraction": 0.1}},
     "churn": {"teachers": 1},
     "comblm": {"teachers": 2},
     "dco": {"options": {"samples": 4}},
@@ -44,6 +45,7 @@ CASES: dict[str, dict] = {
     "mixce": {},
     "muscle": {"teachers": 2},
     "pesf_kd": {"teachers": 1, "options": {"dropout": 0.0}},
+    "rac": {"options": {"round_steps": 3, "template": " so:"}, "rollout": {"prompt_tokens": 8, "max_new_tokens": 6}},
     "sel": {"teachers": 1, "options": {"labels": "text"}},
     "seqkd": {"teachers": 1, "rollout": WRITTEN},
     "sft": {},
