@@ -45,6 +45,9 @@ CASES: dict[str, dict] = {
     "mixce": {},
     "muscle": {"teachers": 2},
     "pesf_kd": {"teachers": 1, "options": {"dropout": 0.0}},
+    "profuser": {
+        "teachers": 2, "options": {"first_stage": 0.34, "infer_weight": 0.01}, "rollout": {"prompt_tokens": 8, "max_new_tokens": 6},
+    },
     "rac": {"options": {"round_steps": 3, "template": " so:"}, "rollout": {"prompt_tokens": 8, "max_new_tokens": 6}},
     "sel": {"teachers": 1, "options": {"labels": "text"}},
     "seqkd": {"teachers": 1, "rollout": WRITTEN},
