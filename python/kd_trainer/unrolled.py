@@ -1,11 +1,12 @@
-"""A step of gradient descent, unrolled once: what the weight of each term of a loss does for another loss after the step.
+"""A step of gradient descent, unrolled once: what the weight of each term of a loss does for another loss after it.
 
 With ``L(theta, a) = sum_i a_i f_i(theta)``, another loss V, and ``theta' = theta - lr dL/dtheta``,
 
     dV(theta')/da_i = - lr  d/de f_i(theta + e v) at e = 0,        v = dV/dtheta at theta'
 
-No second derivative is formed: along v, a central difference takes two passes without gradient (Liu et al. 2019, "DARTS",
-arXiv 1806.09055). The only approximations are its error, of the order of ``PROBE`` squared, and that theta descends plainly.
+No second derivative is formed: along v, a central difference takes two passes without gradient (Liu et al. 2019,
+"DARTS", arXiv 1806.09055). The only approximations are its error, of the order of ``PROBE`` squared, and that theta
+descends plainly.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from kd_trainer.models import CausalLM
 from kd_trainer.rollout.decoder import evaluating
 
 PROBE = 0.01
-"""Length of the steps of the central difference, in the space of all parameters. On a tiny Llama the gradient that comes of it is
-off by 7e-5 of its norm, in fp32 as in fp64; at 0.001 rounding makes that 5e-4, at 0.1 curvature makes it 4e-3."""
+"""Length of the steps of the central difference, in the space of all parameters. On a tiny Llama the gradient of shares
+is off by 7e-5 of its norm, in fp32 as in fp64; at 0.001 rounding makes that 5e-4, at 0.1 curvature makes it 4e-3."""
 
 
 class UnrolledStep:

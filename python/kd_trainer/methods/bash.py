@@ -1,16 +1,18 @@
 """BASH, batch-scheduled sampling: labels of the data, after contexts in which the student has put some of the words.
 
-Cen et al. 2025, "Bridging the Training-Inference Gap in LLMs by Leveraging Self-Generated Tokens", arXiv 2410.14655. Of a text (x, y)
-each token of the context is, with probability beta, not y's but what the student says after the context so far:
+Cen et al. 2025, "Bridging the Training-Inference Gap in LLMs by Leveraging Self-Generated Tokens", arXiv 2410.14655. Of
+a text (x, y) each token of the context is, with probability beta, not y's but what the student says after the context
+so far:
 
     mean_t -log q(y_t | x, c_<t),        c_t = y_t with probability 1 - beta, else c_t ~ q(.|x, c_<t)
 
-Contexts are made for a whole round of steps at once (``round_steps``; None: for all texts, once an epoch), by the student as it is
-when the round begins, and trained on until the next one. Unlike those of method kid, they are decoded token by token, from
-``rollout`` 's distribution. No teacher takes part.
+Contexts are made for a whole round of steps at once (``round_steps``; None: for all texts, once an epoch), by the
+student as it is when the round begins, and trained on until the next one. Unlike those of method kid, they are decoded
+token by token, from ``rollout`` 's distribution. No teacher takes part.
 
-Uncertain: the paper's probabilities, their schedule and its number of rounds could not be read. Here beta rises linearly over the
-run from ``first_fraction`` to ``fraction``, round by round; by default it is constant. Tokens that are labels of no row stay.
+Uncertain: the paper's probabilities, their schedule and its number of rounds could not be read. Here beta rises
+linearly over the run from ``first_fraction`` to ``fraction``, round by round; by default it is constant. Tokens that
+are labels of no row stay.
 """
 
 from __future__ import annotations
@@ -65,9 +67,10 @@ class Mixer:
             return list(texts)
         keys = torch.tensor([text.key for text in texts], dtype=torch.int64)
         with torch.autocast(self._student.device.type, torch.bfloat16, enabled=self._autocast):
+            seed = step_seed(self._seed, begin, "contexts")
             mixed = mix(
-                self._student, texts, fraction=fraction, sampling=self._sampling, seed=step_seed(self._seed, begin, "contexts"),
-                keys=keys, batch_size=self._batch_size,
+                self._student, texts, fraction=fraction, sampling=self._sampling, seed=seed, keys=keys,
+                batch_size=self._batch_size,
             )
         return labelled(mixed.documents, texts)
 
@@ -82,6 +85,6 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 register(MethodSpec(
-    "bash", "labels, after contexts that mix the text with the student's words", "Cen et al. 2025, arXiv 2410.14655", build,
-    Options,
+    "bash", "labels, after contexts that mix the text with the student's words", "Cen et al. 2025, arXiv 2410.14655",
+    build, Options,
 ))

@@ -9,12 +9,14 @@ Here p is what a student learns from, by ``objective``; the models are ``teacher
 
 - "mean": all the same, nothing is fitted;
 - "scalar": one number for each model;
-- "entropy": a function of the entropies of all models at the position, a network of one hidden layer of ``width`` units.
+- "entropy": a function of the entropies of all models at the position, a network of one hidden layer of ``width``
+  units.
 
-The text is what ``data.holdout`` leaves out of training (its first ``texts`` documents; without holdout, training text, on
-which an expert that was tuned on it looks better than it is). The fit is a smooth problem of at most a hundred numbers, done
-once, in fp64, when the first batch comes. The paper's richer inputs, and its weights for every id of the vocabulary, are not
-offered; how wide its networks are could not be read. Entropies cost one more product of each teacher's head.
+The text is what ``data.holdout`` leaves out of training (its first ``texts`` documents; without holdout, training text,
+on which an expert that was tuned on it looks better than it is). The fit is a smooth problem of at most a hundred
+numbers, done once, in fp64, when the first batch comes. The paper's richer inputs, and its weights for every id of the
+vocabulary, are not offered; how wide its networks are could not be read. Entropies cost one more product of each
+teacher's head.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from kd_trainer.teachers import LiveTeacher, SeveralTeachers, live_teachers
 
 
 RIDGE = 1e-5
-"""Times the squared norm of what is fitted: where one model is the better throughout, the best weights are at infinity."""
+"""Times the squared norm of what is fitted: where one model is better throughout, the best weights are at infinity."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Options:
 
 
 class Weights(nn.Module):
-    """Weights of the members, fp64 ``[M, members]``, from their entropies in nats; equal ones before they are fitted."""
+    """Weights of the members, fp64 ``[M, members]``, from their entropies in nats; equal until they are fitted."""
 
     def __init__(self, kind: str, members: int, vocab: int, width: int) -> None:
         super().__init__()
@@ -144,6 +146,6 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 register(MethodSpec(
-    "comblm", "a mixture of teachers whose weights are fitted on held-out text", "Ormazabal et al. 2023, arXiv 2305.16876",
+    "comblm", "a mixture of teachers, its weights fitted on held-out text", "Ormazabal et al. 2023, arXiv 2305.16876",
     build, Options, needs=("live teacher", "several teachers"),
 ))

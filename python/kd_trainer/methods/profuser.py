@@ -1,20 +1,20 @@
 """ProFuser: several models fused into one, each text learnt from the one of them that is best at it.
 
-Shi et al. 2024, "ProFuser: Progressive Fusion of Large Language Models", arXiv 2408.04998. The sources are ``teacher`` and
-``more_teachers``, of one vocabulary (aligning others is out of scope). Of a text (x, y) there are two lessons:
+Shi et al. 2024, "ProFuser: Progressive Fusion of Large Language Models", arXiv 2408.04998. The sources are ``teacher``
+and ``more_teachers``, of one vocabulary (aligning others is out of scope). Of a text (x, y) there are two lessons:
 
 - train mode: y, with the source that finds it likeliest (least cross-entropy, "Min-CE");
 - inference mode: every source writes an answer to x; the best answer, with the source that wrote it.
 
     w_infer L(best answer) + w_train L(y),        L(y) = mean_t -log q(y_t) + beta KL(p_source || q)
 
-The first ``first_stage`` of the steps has w = (1, 0), the rest (``infer_weight``, 1) = (0.1, 1): from easy to hard. Sources are
-frozen, so they write, and are chosen, once for every text; then one of them reads it, not all.
+The first ``first_stage`` of the steps has w = (1, 0), the rest (``infer_weight``, 1) = (0.1, 1): from easy to hard.
+Sources are frozen, so they write, and are chosen, once for every text; then one of them reads it, not all.
 
-Uncertain: beta (``objective.kd_weight``, 1 here) and where the stages meet could not be read; the KL is written D(student, teacher)
-without a direction that one could rely on, and is ``objective.divergence``. Not the paper's: its answers are voted on by reward
-models, which have no place here. ``judge: reference`` takes the answer with the most tokens in common with y (F1), ``likelihood``
-the one that all sources together find likeliest by token.
+Uncertain: beta (``objective.kd_weight``, 1 here) and where the stages meet could not be read; the KL is written
+D(student, teacher) without a direction that one could rely on, and is ``objective.divergence``. Not the paper's: its
+answers are voted on by reward models, which have no place here. ``judge: reference`` takes the answer with the most
+tokens in common with y (F1), ``likelihood`` the one that all sources together find likeliest by token.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Fusion(DivergenceObjective):
 
 def build(config: Config, parts: Parts) -> Method:
     if config.objective.kd_weight == 0.0:
-        fail("config", "objective.kd_weight", "above 0 for method profuser", 0.0, "without the KL no source is learnt from")
+        fail("config", "objective.kd_weight", "above 0 for method profuser", 0.0, "without it nothing is fused")
     check_prompts(parts.documents, config.rollout.prompt_tokens)
     options, texts = config.options, DatasetTokens.of(config, parts.documents)
     steps = config.train.steps or texts.plan.steps_in(config.train.epochs)
@@ -89,6 +89,6 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 register(MethodSpec(
-    "profuser", "each text from the one of several teachers that is best at it", "Shi et al. 2024, arXiv 2408.04998", build,
-    Options, defaults={"objective": {"ce_weight": 1.0}}, needs=("live teacher", "several teachers", "prompts"),
+    "profuser", "each text from the one of several teachers that is best at it", "Shi et al. 2024, arXiv 2408.04998",
+    build, Options, defaults={"objective": {"ce_weight": 1.0}}, needs=("live teacher", "several teachers", "prompts"),
 ))

@@ -1,16 +1,17 @@
 """RAC, reference-answer-based correction: the student answers, and learns to give the reference after its own answer.
 
-Cen et al. 2025, "Bridging the Training-Inference Gap in LLMs by Leveraging Self-Generated Tokens", arXiv 2410.14655. Of a text (x, y)
+Cen et al. 2025, "Bridging the Training-Inference Gap in LLMs by Leveraging Self-Generated Tokens", arXiv 2410.14655. Of
+a text (x, y)
 
     x, y', template, y        with y' what the student writes after x; the loss is next-token cross-entropy on y alone
 
-so that no outside judge takes part, neither in training nor when the trained model is asked for a correction. ``share`` of the
-texts of a round are corrections, drawn anew in every round; the others are the data's, and teach the answer itself. Answers are
-written for a round of steps at once, see :mod:`kd_trainer.methods.bash`; an answer is cut where the whole would be longer than
-``data.max_length``, and a text that leaves no room for one stays as it is.
+so that no outside judge takes part, neither in training nor when the trained model is asked for a correction. ``share``
+of the texts of a round are corrections, drawn anew in every round; the others are the data's, and teach the answer
+itself. Answers are written for a round of steps at once, see :mod:`kd_trainer.methods.bash`; an answer is cut where the
+whole would be longer than ``data.max_length``, and a text that leaves no room for one stays as it is.
 
-Uncertain: the paper's template, and its proportions, could not be read. ``template`` is text, tokenised on its own. A corrected text
-is longer than the text that ``train.batch_tokens`` counts.
+Uncertain: the paper's template, and its proportions, could not be read. ``template`` is text, tokenised on its own. A
+corrected text is longer than the text that ``train.batch_tokens`` counts.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Corrections:
 
 def build(config: Config, parts: Parts) -> Method:
     check_prompts(parts.documents, config.rollout.prompt_tokens)
-    template = parts.tokenizer(config.options.template, add_special_tokens=False, return_tensors="pt")["input_ids"][0].long()
+    template = torch.tensor(parts.tokenizer(config.options.template, add_special_tokens=False)["input_ids"]).long()
     make = Corrections(config, parts, template)
     shortest = min(parts.documents, key=len)
     if make.room(shortest) < 1:

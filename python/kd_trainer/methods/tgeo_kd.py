@@ -1,16 +1,20 @@
-"""TGeo-KD: how much a token learns from the teacher and how much from its label is learnt too, by what it does for held-out text.
+"""TGeo-KD: how much a token learns from the teacher and how much from its label is learnt too, by what it does for
+held-out text.
 
-Hu et al. 2024, "Less or More From Teacher: Exploiting Trilateral Geometry For Knowledge Distillation", arXiv 2312.15112:
+Hu et al. 2024, "Less or More From Teacher: Exploiting Trilateral Geometry For Knowledge Distillation", arXiv
+2312.15112:
 
     L(theta, phi) = mean_i a_i T^2 KL(p_i || q_i; T) + (1 - a_i) CE_i,        a_i = sigmoid(network_phi(features_i))
 
-theta descends L with a fixed; phi descends the cross-entropy of held-out text (``data.holdout``) at theta - ``inner_lr`` dL/dtheta,
-see :mod:`kd_trainer.unrolled`. The authors' code forms a_i without gradient, so that its network is never trained: not here. A
-step costs two more gradients (of its own text, and of as much held-out text) and two more passes.
+theta descends L with a fixed; phi descends the cross-entropy of held-out text (``data.holdout``) at theta -
+``inner_lr`` dL/dtheta, see :mod:`kd_trainer.unrolled`. The authors' code forms a_i without gradient, so that its
+network is never trained: not here. A step costs two more gradients (of its own text, and of as much held-out text) and
+two more passes.
 
-The paper classifies images, and features are vectors there. Here they are numbers of a token with label y: p(y), q(y), and the
-mean p(y) of that y so far; squared differences of these and 1; KL, both entropies, and whether teacher and student agree. Layers of
-32 and 16, T = 1.5. The paper has learning rate 0.1 for both levels; here the network's is ``pace`` times the student's.
+The paper classifies images, and features are vectors there. Here they are numbers of a token with label y: p(y), q(y),
+and the mean p(y) of that y so far; squared differences of these and 1; KL, both entropies, and whether teacher and
+student agree. Layers of 32 and 16, T = 1.5. The paper has learning rate 0.1 for both levels; here the network's is
+``pace`` times the student's.
 """
 
 from __future__ import annotations
@@ -54,11 +58,12 @@ class LearntShares(Objective):
         super().__init__()
         self.pace, self.divergence = config.options.pace, divergences.parse(config.objective.divergence)
         self.how = dict(temperature=config.objective.temperature, squared_temperature=True, tail=config.objective.tail)
-        self.network = nn.Sequential(nn.Linear(12, 32), nn.LeakyReLU(), nn.Linear(32, 16), nn.LeakyReLU(), nn.Linear(16, 1))
+        layers = nn.Linear(12, 32), nn.LeakyReLU(), nn.Linear(32, 16), nn.LeakyReLU(), nn.Linear(16, 1)
+        self.network = nn.Sequential(*layers)
         nn.init.zeros_(self.network[-1].weight)  # half and half at first
         nn.init.zeros_(self.network[-1].bias)
         self.largest_entropy = math.log(student.vocab)
-        self.register_buffer("labels_seen", torch.zeros(2, student.vocab, dtype=torch.float64))  # count, and sum of p(y)
+        self.register_buffer("labels_seen", torch.zeros(2, student.vocab, dtype=torch.float64))  # count; sum of p(y)
         self.new_labels = torch.zeros_like(self.labels_seen)  # of this process, in this step
         self.unrolled = UnrolledStep(student, config.options.inner_lr, self.parameters())
         self.phase = "step"  # or "unrolled", the same without a gradient for phi; or "held out", cross-entropy alone
@@ -89,7 +94,7 @@ class LearntShares(Objective):
         pull, label, seen = both(student(batch))
         features = self.features(seen, labels) if seen else self.network[0].weight.new_zeros(len(pull), 12)
         share = torch.sigmoid(self.network(features)[:, 0])
-        bend = (slopes * share).sum()  # 0, with the gradient of the held-out loss; wrappers for distribution need it always
+        bend = (slopes * share).sum()  # 0, with the gradient of the held-out loss
         fixed = share.detach().to(label.dtype) if seen else torch.zeros_like(label)
         loss = (fixed * pull + (1.0 - fixed) * label).sum() / normalizer + (bend - bend.detach())
         if self.phase == "step":
@@ -131,7 +136,7 @@ class LearntShares(Objective):
 
 def build(config: Config, parts: Parts) -> Method:
     if not config.data.holdout:
-        fail("config", "data.holdout", "above 0 for method tgeo_kd", 0.0, "its shares are learnt on text that is held out")
+        fail("config", "data.holdout", "above 0 for method tgeo_kd", 0.0, "its shares are learnt on held-out text")
     if parts.student.head.weight.dtype not in (torch.float32, torch.float64):
         fail("config", "student.dtype", "float32 for method tgeo_kd, which takes differences", config.student.dtype)
     tokens, held = (DatasetTokens.of(config, documents) for documents in (parts.documents, held_out(config, parts)))

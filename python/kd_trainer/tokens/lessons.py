@@ -30,9 +30,9 @@ def overlap(answer: Tensor, reference: Tensor) -> float:
 class Lessons:
     """Token source: texts, and the best answers to their prompts that the sources write.
 
-    Two tags: "text", a text with the source that finds it likeliest; "answer", the best answer with the source that wrote it. Sources
-    write once for every text, and are chosen once. Answers are kept on the host and saved with a checkpoint, see
-    :class:`KeptWriter`.
+    Two tags: "text", a text with the source that finds it likeliest; "answer", the best answer with the source that
+    wrote it. Sources write once for every text, and are chosen once. Answers are kept on the host and saved with a
+    checkpoint, see :class:`KeptWriter`.
 
     Args:
         judge: which answer is best. "reference": with the most tokens in common with the text's own completion (F1);
@@ -108,7 +108,7 @@ class Lessons:
 class ChosenTeachers(SeveralTeachers):
     """Each document of a batch is read by its own source alone.
 
-    Targets are pairs: the rows that count in documents of one source, and what stands for its logits, valid in these rows.
+    Targets are pairs: the rows that count in documents of one source, and what stands for its logits, valid there only.
     """
 
     def __init__(self, members: Sequence[LiveTeacher], lessons: Lessons, config: Config) -> None:

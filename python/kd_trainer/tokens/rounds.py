@@ -20,8 +20,8 @@ Make = Callable[[Sequence[Document], int], list[Document]]
 class Rounds:
     """Token source: texts of a data set, and in the place of each what is made of it once a round.
 
-    In large batches, which is what decoding wants. Each process makes its own share of the round. Kept on the host, and saved with
-    a checkpoint: 8 bytes a token, as much again where a text has labels of its own.
+    In large batches, which is what decoding wants. Each process makes its own share of the round. Kept on the host, and
+    saved with a checkpoint: 8 bytes a token, as much again where a text has labels of its own.
 
     Args:
         texts: what is made into something else.
@@ -66,6 +66,4 @@ class Rounds:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._begin = state.get("begin")
-        self._made = {
-            key: Document(tokens, first, labels, tag) for key, (tokens, first, labels, tag) in state.get("made", {}).items()
-        }
+        self._made = {key: Document(*fields) for key, fields in state.get("made", {}).items()}
