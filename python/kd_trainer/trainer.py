@@ -110,6 +110,9 @@ def train(config: Config) -> Path:
         """This process's share."""
         return deal(documents, accelerator.num_processes)[accelerator.process_index]
 
+    def add_gradient(documents: Sequence[Document], of_all: bool = False) -> dict[str, float]:
+        return accumulate(accelerator, module, method, own(documents) if of_all else documents, config)
+
     is_main = accelerator.is_main_process
     log = _Log(out, config, first_step, is_main)
     bar = progress(total=steps, initial=first_step, desc=method.name, unit="step", disable=not is_main)
@@ -118,14 +121,15 @@ def train(config: Config) -> Path:
             began = time.perf_counter()
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["pace"]
             share = own(method.tokens.step(step))
             for objective in method.objectives.values():
                 objective.begin_step(step)
             documents = method.tokens.produce(share, step)
             following = plan.step(step + 1) if step + 1 < steps else []
             method.teacher.expect([*documents, *own([method.tokens.documents[i] for i in following])])
-            metrics = accumulate(accelerator, module, method, documents, config)
+            ahead = method.before_step(step, documents, add_gradient)
+            metrics = add_gradient(documents) | ahead
             norm = accelerator.clip_grad_norm_(module.parameters(), config.optim.clip or math.inf)
             if not (math.isfinite(metrics["loss"]) and math.isfinite(float(norm))):
                 raise ValueError(
@@ -282,12 +286,14 @@ def _identity(config: Config, steps: int, student: CausalLM, method: Method) -> 
     } | {f"{name}.{key}": value for name, part in sections.items() for key, value in dataclasses.asdict(part).items()}
 
 
-def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def _optimizer(module: LossModule, optim: OptimConfig) -> torch.optim.AdamW:
+    groups = []
+    for pace, part in ((1.0, module.student), *((objective.pace, objective) for objective in module.objectives.children())):
+        parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
+        groups += [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay, "pace": pace},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "pace": pace},
+        ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 

@@ -5,10 +5,12 @@ Each is a small object, and a method is a named combination of three. What the t
 1. ``tokens.step(i)``: the texts of the step, the same on every process, which are then dealt out;
 2. ``tokens.produce(texts, i)``: what is trained on in their place (roll-outs, rewritten contexts), on each process its own.
    Draws are functions of the run's seed, the step and the document's own tokens, so the split changes none of them;
-3. documents are grouped by their tag, and each group goes through the objective of that tag in micro-batches;
-4. ``teacher.targets(batch)``, where the objective has a teacher;
-5. ``objective.loss(student, targets, batch, normalizer)``, which knows the step from ``begin_step``: its share of the mean over all documents of that tag in the step;
-6. ``method.after_step(i, metrics)``: schedules move on.
+3. ``method.before_step(i, documents, add_gradient)``, where a method looks ahead;
+4. documents are grouped by their tag, and each group goes through the objective of that tag in micro-batches;
+5. ``teacher.targets(batch)``, where the objective has a teacher;
+6. ``objective.loss(student, targets, batch, normalizer)``, which knows the step from ``begin_step``: its share of the mean over all
+   documents of that tag in the step;
+7. ``method.after_step(i, metrics)``: schedules move on.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from kd_kernels import KDLoss, LinearLogits, TokenStats, divergences, kd_loss, token_stats
 from kd_kernels.divergences import Divergence
 from kd_trainer.config import Config
-from kd_trainer.data import Batch, Document, Plan
+from kd_trainer.data import Batch, Document, Plan, load_documents
 from kd_trainer.errors import fail
 from kd_trainer.models import CausalLM, rows_of
 from kd_trainer.teachers import NoTeacher, Targets, Teacher
@@ -51,6 +53,13 @@ class Parts:
             remedy = f"name one that texts never use, such as the padding token{why}"
             fail("config", "options.mask", "a token of the vocabulary", repr(token), remedy)
         return found
+
+
+def held_out(config: Config, parts: Parts) -> Sequence[Document]:
+    """The texts that ``data.holdout`` leaves out of training; all of them where it leaves out none."""
+    if not config.data.holdout:
+        return parts.documents
+    return load_documents(dataclasses.replace(config.data, part="holdout"), parts.tokenizer, parts.student.vocab)
 
 
 class TokenSource(Protocol):
@@ -104,10 +113,12 @@ class Objective(nn.Module):
     Attributes:
         stats: statistics to log, as :func:`kd_kernels.kd_loss` names them.
         has_teacher: whether it looks at the teacher's targets.
+        pace: what the learning rate of its own parameters is multiplied by.
     """
 
     stats: tuple[str, ...] = ("label_logprob",)
     has_teacher: bool = True
+    pace: float = 1.0
 
     def begin_step(self, index: int) -> None:
         """Told which step comes, before it begins: for draws and schedules, which are functions of it."""
@@ -199,7 +210,14 @@ def summed(parts: Iterable[KDLoss]) -> KDLoss:
     return KDLoss(sum(part.loss for part in parts), stats)
 
 
-def _nothing(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+class AddGradient(Protocol):
+    """Adds the gradient of the mean loss over some documents to the parameters; returns that loss, and statistics, by name."""
+
+    def __call__(self, documents: Sequence[Document], of_all: bool = False) -> Mapping[str, float]:
+        """``of_all``: the documents are those of all processes together, and not this one's share."""
+
+
+def _nothing(step: int, *rest: object) -> dict[str, float]:
     return {}
 
 
@@ -210,6 +228,8 @@ class Method:
     Args:
         objectives: by the tag of the documents that each is for. The loss of a step is the sum over tags of their means.
             Their parameters, if they have any (adapters, mixing weights), are trained with the student's.
+        before_step: called before the gradient of a step is formed, with its number, its documents, and what forms gradients: for
+            methods that look ahead. It leaves parameters as they were and gradients None; what it returns is logged.
         after_step: told every step's number and metrics; what it returns is logged with them.
     """
 
@@ -217,6 +237,7 @@ class Method:
     tokens: TokenSource
     teacher: Teacher = field(default_factory=NoTeacher)
     objectives: Mapping[str, Objective] = field(default_factory=dict)
+    before_step: Callable[[int, Sequence[Document], AddGradient], dict[str, float]] = _nothing
     after_step: Callable[[int, Mapping[str, float]], dict[str, float]] = _nothing
 
     @classmethod

@@ -23,10 +23,10 @@ import torch
 
 from kd_kernels import SparseTargets, divergences
 from kd_trainer.config import Config
-from kd_trainer.data import Batch, Document, load_documents
+from kd_trainer.data import Batch, Document
 from kd_trainer.errors import check_one_of, check_positive, fail
 from kd_trainer.evaluate import Calibration
-from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, Parts
+from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, Parts, held_out
 from kd_trainer.registry import MethodSpec, register
 from kd_trainer.teachers import CachedTeacher, teacher_of
 
@@ -129,7 +129,7 @@ def build(config: Config, parts: Parts) -> Method:
         )
     temperature = 1.0
     if options.recalibration == "temperature":
-        temperature = options.temperature or best_temperature(cached, _validation(config, parts), options.k)
+        temperature = options.temperature or best_temperature(cached, held_out(config, parts), options.k)
         print(f"first: teacher's head at temperature {temperature:.3g}")
     objective = DivergenceObjective(
         divergences.parse(config.objective.divergence), kd_weight=config.objective.kd_weight,
@@ -137,12 +137,6 @@ def build(config: Config, parts: Parts) -> Method:
     )
     teacher = RecalibratedTeacher(cached, options, temperature)
     return Method.single("first", DatasetTokens.of(config, parts.documents), teacher, objective)
-
-
-def _validation(config: Config, parts: Parts) -> Sequence[Document]:
-    if not config.data.holdout:
-        return parts.documents
-    return load_documents(dataclasses.replace(config.data, part="holdout"), parts.tokenizer, parts.student.vocab)
 
 
 register(MethodSpec(

@@ -1,10 +1,11 @@
 """KID, knowledge distillation on imperfect data: the student's own mistakes, for one more pass instead of a roll-out.
 
-Zhong et al. 2024, "Learning from Imperfect Data: Towards Efficient Knowledge Distillation of Autoregressive Language Models for
-Text-to-SQL", arXiv 2410.11371. In every step, of each text (x, y),
+Zhong et al. 2024, "Learning from Imperfect Data: Towards Efficient Knowledge Distillation of Autoregressive Language
+Models for Text-to-SQL", arXiv 2410.11371. In every step, of each text (x, y),
 
-1. mask: the share ``fraction`` of the tokens of y is hidden behind ``mask``, by ``strategy``: random, uniform, hard (where the
-   student's entropy on the unmasked text is largest, for which it reads it once more) or easy (where it is smallest);
+1. mask: the share ``fraction`` of the tokens of y is hidden behind ``mask``, by ``strategy``: random, uniform, hard
+   (where the student's entropy on the unmasked text is largest, for which it reads it once more) or easy (where it is
+   smallest);
 2. predict: the student reads the masked text once, without gradient, and says what is hidden;
 3. rewrite: its predictions stand in y, which makes y';
 
@@ -12,11 +13,12 @@ Text-to-SQL", arXiv 2410.11371. In every step, of each text (x, y),
 
 with q the student and p the teacher, over the tokens of y. The teacher must run: no cache has seen y'.
 
-Uncertain, so options. The paper does not give w (1 here). It does not say whether predictions are the likeliest tokens or drawn:
-``rollout.temperature`` 0, the default, or above. Nor in which context c its likelihood term is: ``mle: rewritten`` (c = y', out of
-the same pass; the latency that the paper reports leaves no room for another) or ``text`` (c = y, another pass of the student).
-``rewrite: false`` is the paper's ablation that leaves the masks in y'. With ``objective.divergence`` the KL may be any other; the
-paper compares 0.2 of the tokens (0.1 to 0.3 do as well, 0.5 harms), and trains at lr 2e-4.
+Uncertain, so options. The paper does not give w (1 here). It does not say whether predictions are the likeliest tokens
+or drawn: ``rollout.temperature`` 0, the default, or above. Nor in which context c its likelihood term is: ``mle:
+rewritten`` (c = y', out of the same pass; the latency that the paper reports leaves no room for another) or ``text`` (c
+= y, another pass of the student). ``rewrite: false`` is the paper's ablation that leaves the masks in y'. With
+``objective.divergence`` the KL may be any other; the paper compares 0.2 of the tokens (0.1 to 0.3 do as well, 0.5
+harms), and trains at lr 2e-4.
 """
 
 from __future__ import annotations
@@ -76,8 +78,8 @@ class ImperfectTokens(DatasetTokens):
 
     def _rewritten(self, documents: Sequence[Document], seed: int, keys: torch.Tensor) -> list[Document]:
         return rewrite(
-            self.student, documents, mask_id=self.mask_id, fraction=self.options.fraction, strategy=self.options.strategy,
-            sampling=self.sampling, seed=seed, keys=keys,
+            self.student, documents, mask_id=self.mask_id, fraction=self.options.fraction,
+            strategy=self.options.strategy, sampling=self.sampling, seed=seed, keys=keys,
         ).documents
 
     def _masked(self, documents: Sequence[Document], seed: int, keys: torch.Tensor) -> list[Document]:
@@ -95,7 +97,8 @@ def build(config: Config, parts: Parts) -> Method:
         fail("config", "objective.kd_weight", "above 0 for method kid", 0.0, "method: masked_thought needs no teacher")
     most = max(int(document.counted.sum()) for document in parts.documents)
     if round(options.fraction * most) == 0:
-        fail("config", "options.fraction", f"large enough to mask a token of the longest text, of {most}", options.fraction)
+        need = f"large enough to mask a token of the longest text, of {most}"
+        fail("config", "options.fraction", need, options.fraction)
     with_texts = options.mle == "text" and weight > 0.0
     rollout = config.rollout
     tokens = ImperfectTokens.of(

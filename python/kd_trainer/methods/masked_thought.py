@@ -1,14 +1,14 @@
 """Masked thought: next-token prediction from a context with holes.
 
-Chen et al. 2024, "Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language
-Models", arXiv 2403.02178. Tokens of the answer y that the model reads are hidden behind a mask token, those that it predicts are
-not:
+Chen et al. 2024, "Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of
+Language Models", arXiv 2403.02178. Tokens of the answer y that the model reads are hidden behind a mask token, those
+that it predicts are not:
 
     mean_t -log q(y_t | x, m(y)_<t),        m hides ``fraction(s)`` of the tokens of y, chosen anew in every step s
 
-No teacher takes part: it is method kid with ``rewrite: false`` and without its KL. The share rises linearly from 0 to ``fraction``
-over the first ``warmup`` of the run, 0.4 and 0.66 in the authors' script for GSM8K. They toss a coin for every token; here it is
-the rounded share of every text. They mask with a token added for it, or with the padding token.
+No teacher takes part: it is method kid with ``rewrite: false`` and without its KL. The share rises linearly from 0 to
+``fraction`` over the first ``warmup`` of the run, 0.4 and 0.66 in the authors' script for GSM8K. They toss a coin for
+every token; here it is the rounded share of every text. They mask with a token added for it, or with the padding token.
 """
 
 from __future__ import annotations

@@ -57,5 +57,5 @@ def assert_same_gradients(got: Tensor, expected: Tensor, model: CausalLM) -> Non
     ours = torch.autograd.grad(got, parameters)
     theirs = torch.autograd.grad(expected, parameters)
     assert max(float(gradient.abs().max()) for gradient in theirs) > 1e-3  # a comparison of zeros would show nothing
-    for one, other in zip(ours, theirs):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)  # some norms are computed in fp32 whatever the weights are
+    for one, other in zip(ours, theirs):  # some norms are computed in fp32 whatever the weights are
+        assert float((one - other).norm()) <= 1e-6 * float(other.norm())
