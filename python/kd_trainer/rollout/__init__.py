@@ -8,11 +8,13 @@ external      the same roll-outs from an engine outside of this process
 
 from kd_trainer.rollout.external import ExternalEngine, LocalEngine, VLLMEngine
 from kd_trainer.rollout.generate import generate, score
+from kd_trainer.rollout.interleaved import Interleaved, interleave
 from kd_trainer.rollout.options import Options, Sampling, sequence_keys, step_seed
 from kd_trainer.rollout.result import RollOuts, pad, prompts_of, unpad
 from kd_trainer.rollout.rewrite import Rewritten, choose_places, hide, labelled, mix, rewrite
 
 __all__ = [
-    "ExternalEngine", "LocalEngine", "Options", "RollOuts", "Rewritten", "Sampling", "VLLMEngine", "choose_places",
-    "generate", "hide", "labelled", "mix", "pad", "prompts_of", "rewrite", "score", "sequence_keys", "step_seed", "unpad",
+    "ExternalEngine", "Interleaved", "LocalEngine", "Options", "RollOuts", "Rewritten", "Sampling", "VLLMEngine",
+    "choose_places", "generate", "hide", "interleave", "labelled", "mix", "pad", "prompts_of", "rewrite", "score",
+    "sequence_keys", "step_seed", "unpad",
 ]
