@@ -46,6 +46,7 @@ CASES: dict[str, dict] = {
     "sel": {"teachers": 1, "options": {"labels": "text"}},
     "seqkd": {"teachers": 1, "rollout": WRITTEN},
     "sft": {},
+    "skd": {"teachers": 1, "rollout": WRITTEN, "options": {"last_k": 5, "gamma": 2, "last_gamma": 4}},
     "supervised_kd": {"cached": True},
 }
 """By name: how many live teachers a method has here, or whether it has a cache of one, and what it is told beside its
