@@ -1,7 +1,7 @@
 """Speculative knowledge distillation: the student writes, and the teacher replaces what it would not have said.
 
-Xu et al. 2024, "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling", arXiv
-2410.11325, algorithm 1. A token y_t ~ q(.|y_<t, x) of the student's stays if it is among the K likeliest of the
+Xu et al. 2024, "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling",
+arXiv 2410.11325, algorithm 1. A token y_t ~ q(.|y_<t, x) of the student's stays if it is among the K likeliest of the
 teacher's p(.|y_<t, x); else y_t ~ p. Then
 
     mean_t D(p || q)(y_t | x, y_<t)                          D: objective.divergence, the forward KL
@@ -89,11 +89,11 @@ class InterleavedTokens(DatasetTokens):
         if self.teacher.device != device:
             self.teacher.to(device)
         k, gamma = self.options.at(index, self.steps)
+        prompts = [document.tokens[: prompt_length(document, self.prompt_tokens)] for document in documents]
         sampling = rollout.Sampling(self.options.teacher_temperature, top_p=self.options.teacher_top_p)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             written = rollout.interleave(
-                self.student, self.teacher,
-                [document.tokens[: prompt_length(document, self.prompt_tokens)] for document in documents], self.rollout,
+                self.student, self.teacher, prompts, self.rollout,
                 seed=rollout.step_seed(self.seed, index, "skd"), teacher_sampling=sampling, k=k, gamma=gamma,
                 keys=torch.tensor([document.key for document in documents]),
             )
@@ -126,6 +126,7 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 register(MethodSpec(
-    "skd", "the student's texts, in which the teacher replaces what it would not say", "Xu et al. 2024, arXiv 2410.11325",
-    build, Options, {"rollout": {"temperature": 0.5, "top_p": 0.5}}, ("live teacher", "prompts"),
+    "skd", "the student's texts, in which the teacher replaces what it would not say",
+    "Xu et al. 2024, arXiv 2410.11325", build, Options, {"rollout": {"temperature": 0.5, "top_p": 0.5}},
+    ("live teacher", "prompts"),
 ))

@@ -83,13 +83,14 @@ def test_a_k_of_the_vocabulary_is_on_policy_and_of_0_the_teachers_own(models):
     student, teacher = models
     options = skd(models).tokens.rollout
     prompts = [document.tokens[:4] for document in documents()]
-    where = dict(seed=rollout.step_seed(skd(models).tokens.seed, 0, "skd"), keys=torch.tensor([d.key for d in documents()]))
+    seed = rollout.step_seed(skd(models).tokens.seed, 0, "skd")
+    where = dict(seed=seed, keys=torch.tensor([d.key for d in documents()]))
     everything = skd(models, k=student.vocab)
     on_policy = rollout.generate(student, prompts, options, **where)
     for ours, theirs in zip(everything.tokens.produce(documents(), 0), on_policy.documents(), strict=True):
         assert torch.equal(ours.tokens, theirs.tokens)
     assert everything.after_step(0, {})["acceptance"] == 1.0
-    nothing = skd(models, k=0, teacher_temperature=0.0, teacher_top_p=None)  # at 0 no words are drawn: those of generate()
+    nothing = skd(models, k=0, teacher_temperature=0.0, teacher_top_p=None)  # at 0 nothing is drawn: as generate()
     greedy = rollout.generate(teacher, prompts, dataclasses.replace(options, sampling=rollout.Sampling(0.0)), **where)
     for ours, theirs in zip(nothing.tokens.produce(documents(), 0), greedy.documents(), strict=True):
         assert torch.equal(ours.tokens, theirs.tokens)
@@ -131,4 +132,5 @@ def test_what_cannot_be_trained_is_refused(models):
     with pytest.raises(ValueError, match="rollout.prompt_tokens must be given for texts without a prompt"):
         built(from_tree(Config, tree), student, without_prompt, [teacher])
     with pytest.raises(ValueError, match="objective.kd_weight must be above 0 for method skd, got 0.0"):
-        built(from_tree(Config, tree | {"objective": {"kd_weight": 0.0, "ce_weight": 1.0}}), student, documents(), [teacher])
+        labels = {"objective": {"kd_weight": 0.0, "ce_weight": 1.0}}
+        built(from_tree(Config, tree | labels), student, documents(), [teacher])
