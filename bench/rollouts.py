@@ -1,6 +1,6 @@
 """Tokens per second of roll-outs, beside transformers' own generate() with the same model.
 
-    python -m bench.rollouts --out bench/results/cpu_rollouts.json [--batches 1 8 32] [--tokens 32] [--rounds 3] [--tiny]
+    python -m bench.rollouts --out bench/results/cpu_rollouts.json [--batches 1 8 32] [--tokens 32] [--rounds 3]
 
 Greedy and with top_p 0.95, from prompts of one length, without stop ids, so that both write the same number of tokens.
 Greedy texts must agree before anything is timed. Contenders alternate; the ratio is the median over rounds of
@@ -55,7 +55,8 @@ def ours(model: CausalLM, prompts: Tensor, tokens: int, sampling: rollout.Sampli
 
 @torch.no_grad()
 def theirs(model: CausalLM, prompts: Tensor, tokens: int, sampling: rollout.Sampling) -> Tensor:
-    chosen = {"do_sample": False} if sampling.temperature == 0 else {"do_sample": True, "top_p": sampling.top_p, "top_k": 0}
+    drawn = {"do_sample": True, "top_p": sampling.top_p, "top_k": 0}
+    chosen = {"do_sample": False} if sampling.temperature == 0 else drawn
     written = model.model.generate(
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, min_new_tokens=tokens,
         pad_token_id=0, **chosen,
