@@ -43,7 +43,7 @@ def sampled_targets(
     Args:
         logits: the teacher, ``[..., V]`` or what stands for it; fp32, bf16, fp16 or fp64. Leading dimensions are
             flattened to N rows. A logit of -inf is never drawn.
-        n: draws in a row, 1 to 4,096. Distinct ids are fewer: of an English teacher 50 draws give about 12.
+        n: draws in a row, 1 to 4,096. Distinct ids are fewer: 50 draws give 17 in a row of SmolLM2's, on average.
         proposal_temperature: above 0, finite. Above 1 the tail is drawn more often and weighs less.
         certain: 0 to 61,439. So many of the likeliest ids (ties to the lower id) are entries with importance 1, and the
             draws are of the others: less variance for the same n, as long as the head of the distribution matters most.
