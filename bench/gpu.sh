@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-device=cuda parts=ceilings,wheels,build,tests,compare,ops dry_run=0
+device=cuda parts=ceilings,wheels,build,tests,compare,sampler,ops dry_run=0
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=$2; shift 2 ;;
@@ -77,6 +77,9 @@ part tests 140 "$python" -m pytest -q -m gpu --continue-on-collection-errors "${
 
 part compare 280 "$python" -m bench.side_by_side --device "$device" --plan cuda "${tiny[@]}" \
     --out "$results/gpu_side_by_side.json" "$@"
+
+part sampler 60 "$python" -m bench.sampling --device "$device" "${tiny[@]}" --rows 16 64 256 1024 --seconds 3 \
+    --out "$results/gpu_sampling.json"
 
 part ops 90 "$python" -m pytest -q bench --device "$device" "${tiny[@]}" --benchmark-only --benchmark-quiet \
     --benchmark-json "$results/gpu_ops.json"

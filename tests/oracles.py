@@ -461,7 +461,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Counted:
-    """Draws with replacement: of each id that came, how often and its probability; and how close the closest call was."""
+    """Draws with replacement: of each id that came, how often and its probability; how close the closest call was."""
 
     times: dict[int, int]
     proposal: dict[int, float]
@@ -483,7 +483,8 @@ def sampled_targets(row: list[float], place: Place, n: int, temperature: float =
         group = next(g for g, mass in enumerate(upto) if mass > target)
         before = upto[group] - masses[group]
         ids = left[128 * group : 128 * group + 128]
-        sums = list(itertools.accumulate(math.exp((x - groups[group][0]) * inverse) if x > -math.inf else 0.0 for x in ids))
+        weights = (math.exp((x - groups[group][0]) * inverse) if x > -math.inf else 0.0 for x in ids)
+        sums = list(itertools.accumulate(weights))
         part = (target - before) / masses[group] * sums[-1]
         j = next(j for j, s in enumerate(sums) if s > part)
         token = 128 * group + j
@@ -497,7 +498,7 @@ def sampled_targets(row: list[float], place: Place, n: int, temperature: float =
 
 @dataclass(frozen=True)
 class Verdict:
-    """A draft that was tested: the id in the end, its log-probability under what the teacher draws from; how close it was."""
+    """A draft that was tested: the id in the end, its log-probability under the teacher's law; how close it was."""
 
     id: int
     accepted: bool
@@ -511,10 +512,13 @@ def log_law(row: list[float], **arguments) -> list[float]:
     return [score(row, left, v, arguments.get("temperature", 1.0))[0] for v in range(len(row))]
 
 
-def accept_speculative(draft: int, teacher: list[float], student: list[float], place: Place, law: dict, student_law: dict) -> Verdict:
+def accept_speculative(
+    draft: int, teacher: list[float], student: list[float], place: Place, law: dict, student_law: dict,
+) -> Verdict:
     """Speculative sampling as the contract has it; the arguments of ``filtered`` for each of the two."""
     logp, logq = log_law(teacher, **law), log_law(student, **student_law)
-    test, threshold = math.log(place.fine_uniform(3)), logp[draft] - logq[draft] if logp[draft] > -math.inf else -math.inf
+    test = math.log(place.fine_uniform(3))
+    threshold = logp[draft] - logq[draft] if logp[draft] > -math.inf else -math.inf
     if test <= threshold:
         return Verdict(draft, True, logp[draft], threshold - test)
     left = [max(math.exp(a) - math.exp(b), 0.0) for a, b in zip(logp, logq)]

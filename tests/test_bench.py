@@ -567,11 +567,13 @@ def test_gpu_script_runs_all_parts(tmp_path: Path) -> None:
     command = ["bash", "bench/gpu.sh", "--dry-run", "--device", "cpu", "--", "--seconds", "0", "--only", "topk_llama"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    for part in ("ceilings", "tests", "compare", "ops"):
+    for part in ("ceilings", "tests", "compare", "sampler", "ops"):
         assert f"== {part}: status 0" in done.stdout, part
     assert "topk_llama: topk_targets" in done.stdout.split("== ops: status 0")[1]  # the table comes last
-    names = {"gpu_ceilings.json", "gpu_side_by_side.json", "gpu_ops.json"}
+    names = {"gpu_ceilings.json", "gpu_side_by_side.json", "gpu_sampling.json", "gpu_ops.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    sampling = json.loads((tmp_path / "out" / "gpu_sampling.json").read_text())["results"]
+    assert all("of_product" in row for found in sampling.values() for row in found.values()) and len(sampling) == 4
 
     rows = json.loads((tmp_path / "out" / "gpu_ops.json").read_text())["benchmarks"]
     modes = sum(len(case.products) for case in CASES.values())

@@ -1,4 +1,4 @@
-// Groups of 128 ids of a row, as kd_kernels/sampling/DRAWS.md cuts it, and the search for its largest logits by their maxima.
+// Groups of 128 ids of a row, as kd_kernels/sampling/DRAWS.md cuts it; the search for its largest logits, by their maxima.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,7 @@ template <class S> KD_INLINE S sum_by_halving(S* terms) {
   return terms[0];
 }
 
-// Returns the row's maximum. With `weighted`, also the groups' sums of exp(z - m) (z - m): for the entropy, where r is 1.
+// Returns the row's maximum. With `weighted`, also each group's sum of exp(z - m) (z - m): for the entropy, at r = 1.
 template <class S> S add_groups(const S* z, int64_t n, S r, Groups<S>& groups, double* weighted) {
   S max = -kInf<S>;
   alignas(64) S terms[kGroupIds];
@@ -89,7 +89,8 @@ template <class S> void collect(const S* z, int64_t n, const Groups<S>& groups, 
 
 // The first k ids by falling logit, in no order; fewer where fewer are not masked.
 template <class S>
-void collect_first(const S* z, int64_t n, const Groups<S>& groups, int64_t k, std::vector<S>& maxima, std::vector<Kept<S>>& kept) {
+void collect_first(const S* z, int64_t n, const Groups<S>& groups, int64_t k, std::vector<S>& maxima,
+                   std::vector<Kept<S>>& kept) {
   S bound = -kInf<S>;
   if (k < groups.count()) {
     maxima = groups.top;

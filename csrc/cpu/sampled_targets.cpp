@@ -1,5 +1,6 @@
-// n draws a row, with replacement. The uniforms are sorted, so that one walk over the groups and over the ids of those that are hit
-// meets the draws in order, and equal ids come together: no table of counts, and 128 exponentials a group that is hit.
+// n draws a row, with replacement. The uniforms are sorted, so that one walk over the groups and over the ids of those
+// that are hit meets the draws in order, and equal ids come together: no table of counts, and 128 exponentials a group
+// that is hit.
 #include "sampled_targets.h"
 
 #include "groups.h"
@@ -15,8 +16,8 @@ struct Rising {
 template <class S> class TargetRow {
  public:
   explicit TargetRow(const SampledTargets<S>& job)
-      : job_(job), n_(job.vocab), own_(n_), tempered_(n_), mass_(own_.count()), before_(own_.count() + 1), left_(job.certain ? n_ : 0),
-        uniforms_(job.draws) {}
+      : job_(job), n_(job.vocab), own_(n_), tempered_(n_), mass_(own_.count()), before_(own_.count() + 1),
+        left_(job.certain ? n_ : 0), uniforms_(job.draws) {}
 
   void draw(int64_t row, const S* z) {
     const S max = add_groups(z, n_, S{1}, own_, nullptr);
@@ -58,7 +59,8 @@ template <class S> class TargetRow {
       before_[g + 1] = before_[g] + mass_[g];
     }
     const double all = before_[groups.count()];
-    for (int64_t d = 0; d < job_.draws; ++d) uniforms_[d] = fine_uniform(place.words(kTargets, 0, static_cast<uint32_t>(d)));
+    for (int64_t d = 0; d < job_.draws; ++d)
+      uniforms_[d] = fine_uniform(place.words(kTargets, 0, static_cast<uint32_t>(d)));
     std::sort(uniforms_.begin(), uniforms_.end(), Rising());
 
     int64_t group = -1, begin = 0, j = 0, last = 0;
@@ -75,7 +77,8 @@ template <class S> class TargetRow {
       while (j < last && running[j] <= part) ++j;
       const S logit = z[begin + j];
       if (entries_.empty() || entries_.back().id != begin + j) entries_.push_back({logit, begin + j, 0.0});
-      entries_.back().weight += all / (static_cast<double>(job_.draws) * std::exp((static_cast<double>(logit) - peak) * r));
+      const double weight = std::exp((static_cast<double>(logit) - peak) * r);
+      entries_.back().weight += all / (static_cast<double>(job_.draws) * weight);
     }
   }
 
@@ -106,7 +109,8 @@ template <class S> void all_rows(const SampledTargets<S>& job) {
     Scratch<S> scratch(job.logits.is_plain() ? 0 : job.vocab);
     TargetRow<S> state(job);
 #pragma omp for schedule(dynamic)
-    for (int64_t row = 0; row < job.rows; ++row) state.draw(row, tempered(job.logits, row, 1.0, scratch.data, job.vocab));
+    for (int64_t row = 0; row < job.rows; ++row)
+      state.draw(row, tempered(job.logits, row, 1.0, scratch.data, job.vocab));
   }
 }
 

@@ -22,14 +22,14 @@ RULES = ("top_k", "speculative")
 
 @dataclass(frozen=True)
 class Accepted:
-    """What :func:`accept_or_resample` returns, of the rows' shape; log-probabilities in fp32 (fp64 if an input is), nats.
+    """What :func:`accept_or_resample` returns, of the rows' shape. Log-probabilities: fp32 (fp64 if an input is), nats.
 
     Attributes:
-        ids: int64, the draft where it was accepted, what was drawn in its place where not; -1 where a row is no distribution
-            and ``check="flag"``.
+        ids: int64, the draft where it was accepted, what was drawn in its place where not; -1 where a row is no
+            distribution and ``check="flag"``.
         accepted: bool.
-        logprobs: of ``ids`` under the teacher's distribution, tempered and cut. NaN where rule "top_k" accepted a draft:
-            such an id was not drawn from it.
+        logprobs: of ``ids`` under the teacher's distribution, tempered and cut. NaN where rule "top_k" accepted a
+            draft: such an id was not drawn from it.
         model_logprobs: of ``ids`` under the teacher's own distribution: temperature 1, no filter.
         rank: int64, how many ids the teacher finds likelier than the draft (as :class:`TokenStats`); None under
             "speculative".
@@ -45,26 +45,27 @@ class Accepted:
 def accept_or_resample(
     drafts: Tensor, teacher: Logits, rule: str = "top_k", *, k: int | None = None, student: Logits | None = None,
     temperature: float | Tensor = 1.0, top_k: int | Tensor | None = None, top_p: float | Tensor | None = None,
-    min_p: float | Tensor | None = None, student_temperature: float | Tensor = 1.0, student_top_k: int | Tensor | None = None,
-    student_top_p: float | Tensor | None = None, student_min_p: float | Tensor | None = None, seed: int | Tensor,
-    keys: Tensor | None = None, positions: Tensor | None = None, check: str = "raise", max_scratch_bytes: int | None = None,
+    min_p: float | Tensor | None = None, student_temperature: float | Tensor = 1.0,
+    student_top_k: int | Tensor | None = None, student_top_p: float | Tensor | None = None,
+    student_min_p: float | Tensor | None = None, seed: int | Tensor, keys: Tensor | None = None,
+    positions: Tensor | None = None, check: str = "raise", max_scratch_bytes: int | None = None,
     backend: str | None = None,
 ) -> Accepted:
     """A student's tokens where the teacher accepts them, and tokens of the teacher's where it does not.
 
     rule="top_k"
-        Speculative knowledge distillation: a draft is accepted if fewer than ``k`` ids have larger logits of the teacher's
-        (ties to the lower id), tempered by nothing and cut by nothing. Else the id is drawn from the teacher's distribution,
-        tempered and cut. ``k = 0`` accepts nothing, ``k >= V`` all.
+        Speculative knowledge distillation: a draft is accepted if fewer than ``k`` ids have larger logits of the
+        teacher's (ties to the lower id), tempered by nothing and cut by nothing. Else the id is drawn from the
+        teacher's distribution, tempered and cut. ``k = 0`` accepts nothing, ``k >= V`` all.
     rule="speculative"
-        Speculative sampling: with p and q the distributions of teacher and student, each tempered and cut as they are drawn
-        from, a draft is accepted with probability min(1, p/q), and else replaced by a draw from max(p - q, 0), normalised. If
-        drafts are distributed as q, the ids are distributed as p.
+        Speculative sampling: with p and q the distributions of teacher and student, each tempered and cut as they are
+        drawn from, a draft is accepted with probability min(1, p/q), and else replaced by a draw from max(p - q, 0),
+        normalised. If drafts are distributed as q, the ids are distributed as p.
 
-    Rows are independent: the caller who tests several drafts of one sequence discards what follows the first that was refused.
-    Only refused rows are drawn anew; they are gathered first. A replacement is the draw of ``sample(..., purpose="resample")``
-    at the row's seed, key and position, whichever other rows were refused, and shares no words with the draft's own draw nor
-    with its test (``DRAWS.md`` beside this file, section 7).
+    Rows are independent: the caller who tests several drafts of one sequence discards what follows the first that was
+    refused. Only refused rows are drawn anew; they are gathered first. A replacement is the draw of
+    ``sample(..., purpose="resample")`` at the row's seed, key and position, whichever other rows were refused, and shares no words
+    with the draft's own draw nor with its test (``DRAWS.md`` beside this file, section 7).
 
     Args:
         drafts: int64 or int32, ids in 0..V-1, of the rows' shape.
@@ -80,20 +81,20 @@ def accept_or_resample(
         :class:`Accepted`, without gradient, on the device of ``teacher``. N = 0 gives empty ones.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or does not belong to the rule; with ``check="raise"`` a row of
-            either model with NaN or +inf, or with -inf alone.
-        RuntimeError: the backend does not exist here, or while a CUDA graph is captured: how many rows are refused depends
-            on the data.
+        TypeError, ValueError: an argument is not as above, or does not belong to the rule; with ``check="raise"`` a row
+            of either model with NaN or +inf, or with -inf alone.
+        RuntimeError: the backend does not exist here, or while a CUDA graph is captured: how many rows are refused
+            depends on the data.
 
-    Numerics: as :func:`sample` and :func:`token_stats`. p - q is taken in fp64. Where rounding leaves max(p - q, 0) without any
-    id (p = q), the id is drawn from p.
+    Numerics: as :func:`sample` and :func:`token_stats`. p - q is taken in fp64. Where rounding leaves max(p - q, 0)
+    without any id (p = q), the id is drawn from p.
 
-    Cost: "top_k", a product of the head and a reading of the logits for all N rows, and both again for the refused ones.
-    "speculative", likewise for both models; a refused row also takes about 250 V bytes of fp64 temporaries in torch operations,
-    and two sorts where there are filters. Waits for a GPU twice.
+    Cost: "top_k", a product of the head and a reading of the logits for all N rows, and both again for the refused
+    ones. "speculative", likewise for both models; a refused row also takes about 230 V bytes of fp64 temporaries in
+    torch operations, and two sorts where there are filters. Waits for a GPU twice.
 
-    Source: Xu et al. 2024, "Speculative Knowledge Distillation", arXiv 2410.11325, algorithm 1; Leviathan et al. 2022, "Fast
-    Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1.
+    Source: Xu et al. 2024, "Speculative Knowledge Distillation", arXiv 2410.11325, algorithm 1; Leviathan et al. 2022,
+    "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1.
     """
     if torch.compiler.is_compiling():  # sizes depend on the data
         return torch.compiler.disable(accept_or_resample)(
@@ -121,10 +122,12 @@ def accept_or_resample(
     chosen = _backend.choose(WHERE, backend, device, tuple(IMPLEMENTATIONS))
     for noun in nouns:
         check_vocab(WHERE, chosen, columns, products.tensors_of(noun))
-    _backend.check_not_capturing(WHERE, "the call", "made outside", "a capture", "how many rows are refused depends on the data")
+    _backend.check_not_capturing(
+        WHERE, "the call", "made outside", "a capture", "how many rows are refused depends on the data"
+    )
     values = {"drafts": (drafts, (drafts >= 0) & (drafts < columns), f"in 0..V-1={columns - 1}")}
-    values |= driver.valid_positions(place.positions) | driver.valid_warp(warp) | driver.valid_warp(student_warp, "student_")
-    driver.check_values(WHERE, values)
+    values |= driver.valid_positions(place.positions) | driver.valid_warp(warp)
+    driver.check_values(WHERE, values | driver.valid_warp(student_warp, "student_"))
     options = _Options(check, autocast_name(device), max_scratch_bytes, chosen)
     with torch.no_grad():
         if rule == "top_k":
@@ -141,8 +144,8 @@ def _check_top_k(k: object, has_student: bool) -> None:
         _check.fail(WHERE, "k", "at least 0", k)
     if has_student:
         _check.fail(
-            WHERE, "student and its sampling", 'left out for rule="top_k"', "a student or its temperature, top_k, top_p or min_p",
-            "the test looks at the teacher alone",
+            WHERE, "student and its sampling", 'left out for rule="top_k"',
+            "a student or its temperature, top_k, top_p or min_p", "the test looks at the teacher alone",
         )
 
 
@@ -153,8 +156,8 @@ def _check_student(k: object, student: object, teacher: Logits) -> None:
         _check.fail(WHERE, "student", 'given for rule="speculative"', None, "it says what the drafts were drawn from")
     check_dense(WHERE, student)
     if leading_shape(student) != leading_shape(teacher) or vocab(student) != vocab(teacher):
-        shapes = [[*leading_shape(noun), vocab(noun)] for noun in (teacher, student)]
-        _check.fail(WHERE, "student", f"of shape {shapes[0]} like the teacher", shapes[1], "give a padded one valid_vocab")
+        wanted, given = ([*leading_shape(noun), vocab(noun)] for noun in (teacher, student))
+        _check.fail(WHERE, "student", f"of shape {wanted} like the teacher", given, "give a padded one valid_vocab")
     _check.same_device(WHERE, "student", student, teacher.device)
 
 
@@ -209,8 +212,11 @@ def _test_ratio(
     refused = (is_whole & ~accepted).nonzero()[:, 0]
     drawn = residual.draw(
         WHERE, products.flattened(teacher), products.flattened(student), refused, _of(refused, place),
-        _of(refused, warp), _of(refused, student_warp), dtype, options.autocast_dtype, options.max_scratch_bytes, options.backend,
+        _of(refused, warp), _of(refused, student_warp), dtype, options.autocast_dtype, options.max_scratch_bytes,
+        options.backend,
     )
     fill = lambda x, new: torch.where(is_whole, x, torch.nan).to(dtype).index_copy_(0, refused, new)  # noqa: E731
-    ids = torch.where(is_whole, drafts, -1).index_copy_(0, refused, drawn.ids)
-    return ids, accepted, fill(of_teacher.logprobs, drawn.logprobs), fill(of_teacher.model_logprobs, drawn.model_logprobs), None
+    return (
+        torch.where(is_whole, drafts, -1).index_copy_(0, refused, drawn.ids), accepted,
+        fill(of_teacher.logprobs, drawn.logprobs), fill(of_teacher.model_logprobs, drawn.model_logprobs), None,
+    )

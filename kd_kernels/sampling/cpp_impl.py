@@ -30,13 +30,13 @@ def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
 
 
 def target_scratch(columns: int, request: TargetRequest, dtype: torch.dtype) -> tuple[int, int]:
-    """Of each thread: the logits where the head has a map, a copy without the certain ids, the draws and the entries."""
+    """Of each thread: logits where the head has a map, a copy without the certain ids, the draws and the entries."""
     entries = 24 * (min(columns, 2 * request.certain) + request.draws)
     return 0, torch.get_num_threads() * (2 * columns * dtype.itemsize + entries + columns)
 
 
 def target_rows(rows: RawRows, request: TargetRequest, out: RowTargets) -> None:
-    """Draws and counts for a chunk. Bytes: reads C V elements of the work dtype, twice unless the proposal is the row itself."""
+    """Draws and counts for a chunk. Bytes: reads C V elements of the work dtype, twice unless rows are the proposal."""
     run = getattr(extension(), "sampled_targets_" + PRECISIONS[rows.raw.dtype])
     numbers = {name: getattr(request, name) for name in ("inverse", "draws", "certain")}
     places = {name: getattr(request, name) for name in ("seeds", "keys", "positions")}

@@ -59,7 +59,7 @@ def inverse_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
 def run(
     logits: list[Tensor], call: Call, place: Place, warp: Warp, given: Tensor | None = None, rows: Tensor | None = None,
 ) -> RowSamples:
-    """Samples ``[N]``. ``logits`` is the noun's tensors; place, warp and ``given`` are ``[N]``, checked but for their values.
+    """Samples ``[N]``. ``logits`` is the noun's tensors; the others are ``[N]``, checked but for their values.
 
     ``given`` ids (int64) are scored, and nothing is drawn. ``rows`` (int64 ``[N]``): of those rows of the noun alone.
     """
@@ -168,4 +168,5 @@ def fail_row(
     rows.open(1)
     z = rows.chunk(0, 1).logits()
     fault = "NaN" if bool(z.isnan().any()) else "+inf" if bool((z == torch.inf).any()) else "-inf at every id"
-    _check.fail(where, argument, "free of NaN and +inf, with a finite logit in every row", f"{fault} in row {int(row)}", remedy)
+    requirement = "free of NaN and +inf, with a finite logit in every row"
+    _check.fail(where, argument, requirement, f"{fault} in row {int(row)}", remedy)

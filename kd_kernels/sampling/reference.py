@@ -57,7 +57,7 @@ class TargetRequest(NamedTuple):
 
 
 class RowTargets(NamedTuple):
-    """Where the entries of C rows go: rectangles of width W >= min(draws + certain, V), of which a row fills the beginning."""
+    """Where the entries of C rows go: rectangles of width W >= min(draws + certain, V), each row's at the left."""
 
     counts: Tensor  # int64 [C]: entries of each row; -1: no distribution
     ids: Tensor  # int64 [C, W], by falling logit, the lower id first
@@ -186,7 +186,7 @@ def warped(z: Tensor, inverse: Tensor, top_k: Tensor | None, top_p: Tensor | Non
 
 
 def _drawn_with_replacement(z: Tensor, request: TargetRequest, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids ``[C, draws]`` of logits ``[C, G, 128]``; of each row, the maximum and the mass relative to it, fp64 ``[C, 1]``."""
+    """Ids ``[C, draws]`` of logits ``[C, G, 128]``; each row's maximum and mass relative to it, fp64 ``[C, 1]``."""
     top, total = group_sums(z, inverse)
     peak = top.amax(1, keepdim=True).double()
     mass = ((top.double() - peak) * request.inverse).exp() * total.double()

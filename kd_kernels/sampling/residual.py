@@ -20,7 +20,7 @@ def draw(
     where: str, teacher: Logits, student: Logits, rows: Tensor, place: Place, warp: Warp, student_warp: Warp,
     dtype: torch.dtype, autocast: torch.dtype | None, max_scratch_bytes: int | None, backend: str,
 ) -> RowSamples:
-    """One id of each of the rows (int64 ``[R]``), ``[R]``; p and q are formed in torch operations, for these rows alone.
+    """One id of each of the rows (int64 ``[R]``). p and q are formed in torch operations, for these rows alone.
 
     ``logprobs`` and ``model_logprobs`` are the teacher's, ``p`` and untempered, in ``dtype``.
     """

@@ -26,9 +26,9 @@ def sampled_targets(
     """n draws of every row, with replacement, as importance-weighted targets: an unbiased stand-in for the whole row.
 
     For any f of an id's log-probabilities, ``sum_i importance_i f_i`` over a row's entries has the expectation
-    ``sum_v f_v`` over the vocabulary; :func:`kd_loss` with such targets, and its gradient, have those of the dense teacher
-    (for divergences that are sums over ids, which all of the built-in ones are). Top-k targets do not: what they cut
-    changes the optimum. Has the distribution of::
+    ``sum_v f_v`` over the vocabulary; :func:`kd_loss` with such targets, and its gradient, have those of the dense
+    teacher (for divergences that are sums over ids, which all of the built-in ones are). Top-k targets do not: what
+    they cut changes the optimum. Has the distribution of::
 
         p = logits.softmax(-1)
         q = p ** (1 / proposal_temperature)
@@ -37,48 +37,48 @@ def sampled_targets(
         drawn = torch.multinomial(q, n, replacement=True)
         importance = bincount(drawn) / (n * q)                    # 1 at the certain ids
 
-    Draws depend on the row, ``seed``, ``keys`` and ``positions`` as in :func:`sample` (``DRAWS.md`` beside this file, section
-    6), and share no words with those of :func:`sample`.
+    Draws depend on the row, ``seed``, ``keys`` and ``positions`` as in :func:`sample` (``DRAWS.md`` beside this file,
+    section 6), and share no words with those of :func:`sample`.
 
     Args:
-        logits: the teacher, ``[..., V]`` or what stands for it; fp32, bf16, fp16 or fp64. Leading dimensions are flattened to
-            N rows. A logit of -inf is never drawn.
-        n: draws in a row, 1 to 4,096. Distinct ids are fewer: of an English teacher 50 draws give about 12.
+        logits: the teacher, ``[..., V]`` or what stands for it; fp32, bf16, fp16 or fp64. Leading dimensions are
+            flattened to N rows. A logit of -inf is never drawn.
+        n: draws in a row, 1 to 4,096. Distinct ids are fewer: 50 draws give 17 in a row of SmolLM2's, on average.
         proposal_temperature: above 0, finite. Above 1 the tail is drawn more often and weighs less.
         certain: 0 to 61,439. So many of the likeliest ids (ties to the lower id) are entries with importance 1, and the
             draws are of the others: less variance for the same n, as long as the head of the distribution matters most.
         seed, keys, positions: as in :func:`sample`.
-        max_scratch_bytes: bound on temporary memory, the result (16 bytes an entry in fp32) not counted. None: 256 MiB on a
-            CPU, 1.4 GiB elsewhere.
+        max_scratch_bytes: bound on temporary memory, the result (16 bytes an entry in fp32) not counted. None: 256 MiB
+            on a CPU, 1.4 GiB elsewhere.
         backend: "cpp" (CPU), "reference" (any device), or None: by device.
 
     Returns:
-        SparseTargets of N rows, without gradient, with distinct ids in a row, by falling logit, equal ones by rising id.
-        ``logprobs`` are the teacher's own, at temperature 1. ``importance`` is count / (n proposal(id)), or 1.
+        SparseTargets of N rows, without gradient, with distinct ids in a row, by falling logit, equal ones by rising
+        id. ``logprobs`` are the teacher's own, at temperature 1. ``importance`` is count / (n proposal(id)), or 1.
         ``tail_logprob`` is None: the estimate covers the tail. A row of which ``certain`` leaves nothing has no draws.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; a row with NaN or +inf, or with -inf alone; a budget too small for
-            one row.
+        TypeError, ValueError: an argument is not as above; a row with NaN or +inf, or with -inf alone; a budget too
+            small for one row.
         RuntimeError: a backend that does not exist here, or while a CUDA graph is captured: how many entries come out
             depends on the data.
 
-    Numerics: logits and exponentials in fp32 (fp64 for fp64 inputs), sums of 128 exponentials in fp32, everything across
-    those in fp64; under autocast, inputs of products are rounded to its dtype. Uniforms have 52 bits. Equal logits give equal
-    targets on one device, bit for bit, in any batch, order and chunk. Between backends a draw differs if it falls within
-    rounding of one of the V boundaries: one in a thousand at V = 150,000.
+    Numerics: logits and exponentials in fp32 (fp64 for fp64 inputs), sums of 128 exponentials in fp32, everything
+    across those in fp64; under autocast, inputs of products are rounded to its dtype. Uniforms have 52 bits. Equal
+    logits give equal targets on one device, bit for bit, in any batch, order and chunk. Between backends a draw differs
+    if it falls within rounding of one of the V boundaries: one in a thousand at V = 150,000.
 
-    Cost: 2 N H V operations for a head; each logit is read once, and once more where the proposal is not the row itself.
-    One exponential a logit and reading, n calls of Philox a row, 128 exponentials for each group that is hit. Waits for a
-    GPU once. Not a registered op of torch, as :func:`topk_targets` is not.
+    Cost: 2 N H V operations for a head; each logit is read once, and once more where the proposal is not the row
+    itself. One exponential a logit and reading, n calls of Philox a row, 128 exponentials for each group that is hit.
+    Waits for a GPU once a chunk. Not a registered op of torch, as :func:`topk_targets` is not.
 
-    Source: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", arXiv 2503.16870
-    (random sampling KD; there, 50 draws at temperature 1).
+    Source: Anshumann et al. 2025, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs",
+    arXiv 2503.16870 (random sampling KD; there, 50 draws at temperature 1).
     """
     if torch.compiler.is_compiling():  # kernels that write through pointers must not be traced
         return torch.compiler.disable(sampled_targets)(
-            logits, n, proposal_temperature=proposal_temperature, certain=certain, seed=seed, keys=keys, positions=positions,
-            max_scratch_bytes=max_scratch_bytes, backend=backend,
+            logits, n, proposal_temperature=proposal_temperature, certain=certain, seed=seed, keys=keys,
+            positions=positions, max_scratch_bytes=max_scratch_bytes, backend=backend,
         )
     check_dense(WHERE, logits)
     _check_number("n", n, 1, philox.MAX_DRAWS)
@@ -88,7 +88,9 @@ def sampled_targets(
     check_budget(WHERE, max_scratch_bytes)
     chosen = _backend.choose(WHERE, backend, logits.device, BUILT)
     check_vocab(WHERE, chosen, vocab(logits), products.tensors_of(logits))
-    _backend.check_not_capturing(WHERE, "the call", "made outside", "a capture", "how many entries come out depends on the data")
+    _backend.check_not_capturing(
+        WHERE, "the call", "made outside", "a capture", "how many entries come out depends on the data"
+    )
     name = autocast_name(logits.device)
     autocast = getattr(torch, name) if name else None
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):

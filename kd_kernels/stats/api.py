@@ -149,8 +149,8 @@ def _token_stats(logits: list[Tensor], ids: Tensor, plan_text: str) -> list[Tens
 
     return list(
         driver.walk(
-            WHERE, noun, ids, autocast=plan.autocast_dtype, max_scratch_bytes=plan.max_scratch_bytes, backend=plan.backend,
-            check_source=check_source, check_rows=_check_rows if is_cpu else None,
+            WHERE, noun, ids, autocast=plan.autocast_dtype, max_scratch_bytes=plan.max_scratch_bytes,
+            backend=plan.backend, check_source=check_source, check_rows=_check_rows if is_cpu else None,
         )
     )
 

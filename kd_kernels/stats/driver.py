@@ -34,8 +34,8 @@ def walk(
 ) -> RowStats:
     """Statistics of all rows of a noun with one leading dimension.
 
-    ``check_source`` comes before anything is allocated; ``check_rows`` sees of each chunk the argmax (-1: a row without a
-    normaliser), the number of its first row, and the logits.
+    ``check_source`` comes before anything is allocated; ``check_rows`` sees of each chunk the argmax (-1: a row without
+    a normaliser), the number of its first row, and the logits.
     """
     ids, count, columns = ids.contiguous(), ids.shape[0], vocab(noun)
     tensors = products.tensors_of(noun)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from kd_trainer.models import CausalLM, dense_logits
 from kd_trainer.rollout.decoder import Decoder, check_decoding, evaluating
 from kd_trainer.rollout.options import Options, Sampling, check_ids, check_keys, check_prompts
 from kd_trainer.rollout.result import RollOuts
+
+R = TypeVar("R", bound=RollOuts)
 
 WORTH_DROPPING = 1 / 8
 """Finished rows over rows of a batch from which a copy of the cache without them pays."""
@@ -97,7 +99,7 @@ def _generate(
     return record.result(prompts, [end for end in ends if end is not None])
 
 
-def in_batches(part: Callable[[list[int]], RollOuts], prompts: Sequence[Tensor], batch_size: int | None) -> RollOuts:
+def in_batches(part: Callable[[list[int]], R], prompts: Sequence[Tensor], batch_size: int | None) -> R:
     """The roll-outs of ``part`` over all prompts, batch by batch, each of prompts of nearly one length.
 
     The longest come first, so that what does not fit into memory fails at once.
@@ -107,11 +109,11 @@ def in_batches(part: Callable[[list[int]], RollOuts], prompts: Sequence[Tensor],
     parts = [part(order[begin : begin + size]) for begin in range(0, len(order), size)]
     back = torch.tensor(order).argsort().tolist()
     joined = {}
-    for field in dataclasses.fields(RollOuts):
+    for field in dataclasses.fields(parts[0]):
         values = [getattr(rollouts, field.name) for rollouts in parts]
         flat = [] if values[0] is None else [x for value in values for x in value]
         joined[field.name] = None if values[0] is None else tuple(flat[i] for i in back)
-    return RollOuts(**joined)
+    return type(parts[0])(**joined)
 
 
 # ------------------------------------------------------------------------------------------------------ one step

@@ -53,6 +53,7 @@ CASES: dict[str, dict] = {
     "sequence_match": {"options": {"backspace": "Ā", "mistakes": 0.1, "refresh": 2}, "rollout": WRITTEN},
     "seqkd": {"teachers": 1, "rollout": WRITTEN},
     "sft": {},
+    "skd": {"teachers": 1, "rollout": WRITTEN, "options": {"last_k": 5, "gamma": 2, "last_gamma": 4}},
     "tgeo_kd": {"teachers": 1, "data": {"holdout": 0.3}},
     "supervised_kd": {"cached": True},
 }

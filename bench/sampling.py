@@ -1,0 +1,137 @@
+"""The verbs of sampling beside the bare product of the head, and beside torch's softmax and multinomial.
+
+    python -m bench.sampling --out bench/results/cpu_sampling.json [--rows 256] [--seconds 20] [--tiny]
+    python -m bench.sampling --device cuda --out bench/results/gpu_sampling.json
+
+All contenders start from hidden states. They run once a round, in an order that rotates; a ratio is the median over
+rounds of the time over that of the product in the same round, so what slows a whole round cancels. Before anything is
+timed, ids must be in range and their log-probabilities those of the logits in float64. A contender that cannot run
+here is recorded with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import devices, machine, timing
+from kd_kernels import LinearLogits, accept_or_resample, heads, sample, sampled_targets, token_stats
+
+HEADS = {"SmolLM2-135M": (576, 49_152), "Qwen3-0.6B": (1024, 151_936)}
+TINY = {"tiny": (16, 500)}
+TARGETS = {"sample": 1.15, "sample, top_p 0.95": 1.35}
+"""Of the time of the product, on a CPU at 256 rows."""
+LOGPROB_ERROR = 2e-3  # nats, of bf16 products on a GPU; 1e-4 in fp32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Hidden states of so many rows, a head whose logits have a standard deviation of 3, and an id for each row."""
+
+    noun: LinearLogits
+    ids: Tensor
+
+    @staticmethod
+    def make(rows: int, hidden: int, vocab: int, device: str) -> Rows:
+        generator = torch.Generator().manual_seed(0)
+        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        states, weight = normal(rows, hidden), 3 / hidden**0.5 * normal(vocab, hidden)
+        return Rows(LinearLogits(states.to(device, dtype), weight.to(device, dtype)), torch.randint(0, vocab, (rows,), generator=generator).to(device))
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """As one writes it: a sort of the row, a running sum, and -inf behind the cut."""
+    ordered, ids = logits.sort(-1, descending=True)
+    p = ordered.softmax(-1)
+    cut = p.cumsum(-1) - p >= top_p
+    return logits.scatter(-1, ids, ordered.masked_fill(cut, -torch.inf))
+
+
+def contenders(rows: Rows) -> dict[str, Callable[[], object]]:
+    """By name; "product" is what all others are measured against."""
+    noun, ids = rows.noun, rows.ids
+    count, vocab = len(ids), noun.vocab
+    out = torch.empty(count, vocab, dtype=torch.float32, device=ids.device)
+    head = heads.head(noun, torch.float32, vocab, "float32", None)
+    logits = lambda: (noun.hidden @ noun.weight.T).float()  # noqa: E731
+    multinomial = lambda z: torch.multinomial(z.softmax(-1), 1)  # noqa: E731
+    return {
+        "product": lambda: head.logits(noun.hidden, out),
+        "sample": lambda: sample(noun, seed=1),
+        "sample, temperature 0.7": lambda: sample(noun, temperature=0.7, seed=1),
+        "sample, top_k 50": lambda: sample(noun, top_k=50, seed=1),
+        "sample, top_p 0.95": lambda: sample(noun, top_p=0.95, seed=1),
+        "sample, with entropy": lambda: sample(noun, seed=1, return_stats=True),
+        "sampled_targets, 50 draws": lambda: sampled_targets(noun, 50, seed=1),
+        "token_stats": lambda: token_stats(noun, ids),
+        "accept_or_resample, k 25": lambda: accept_or_resample(ids, noun, k=25, seed=1),
+        "torch: softmax, multinomial": lambda: multinomial(logits()),
+        "torch: top_p 0.95 by a sort": lambda: multinomial(_nucleus(logits(), 0.95)),
+        "torch: log_softmax of ids": lambda: logits().log_softmax(-1).gather(1, ids[:, None]),
+    }
+
+
+def check(rows: Rows) -> None:
+    """Raise where a sample's log-probability is not the one of its id."""
+    found = sample(rows.noun, seed=1)
+    exact = (rows.noun.hidden.double() @ rows.noun.weight.double().T).log_softmax(-1)
+    error = float((found.logprobs.double() - exact.gather(1, found.ids[:, None])[:, 0]).abs().max())
+    if not error < (LOGPROB_ERROR if rows.ids.device.type == "cuda" else 1e-4):
+        raise SystemExit(f"bench.sampling: log-probabilities must be those of float64, got an error of {error:.2g}")
+
+
+def measure(rows: Rows, device: devices.Device, seconds: float) -> dict[str, dict[str, object]]:
+    """By contender: quantiles and the ratio to the product, or why it was not measured."""
+    calls, skipped = contenders(rows), {}
+    for name, call in list(calls.items()):
+        try:
+            call()
+        except RuntimeError as error:
+            skipped[name] = {"skipped": str(error)}
+            del calls[name]
+    times = timing.interleaved(calls, device, seconds=seconds)
+    found = {
+        name: timing.summary(ms) | {"of_product": timing.ratio(ms, times["product"]), "rounds": len(ms)}
+        for name, ms in times.items()
+    }
+    return found | skipped
+
+
+def table(results: dict[str, dict[str, dict[str, object]]]) -> str:
+    """Ratios to the product, a column a head."""
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    cell = lambda row: f"{row['of_product']:.2f}" if "of_product" in row else "-"  # noqa: E731
+    lines = ["| of the bare product | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    lines += [f"| {name} | " + " | ".join(cell(found[name]) for found in results.values()) + " |" for name in names]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=[256])
+    parser.add_argument("--seconds", type=float, default=20.0, help="of rounds, for each head and number of rows")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, a few rounds: does it run?")
+    options = parser.parse_args()
+    device = devices.CPU() if options.device == "cpu" else devices.CUDA()
+    results = {}
+    for name, (hidden, vocab) in (TINY if options.tiny else HEADS).items():
+        for count in options.rows:
+            rows = Rows.make(count, hidden, vocab, options.device)
+            check(rows)
+            results[f"{name}, {count} rows"] = measure(rows, device, 0.0 if options.tiny else options.seconds)
+            about = {"machine": machine.describe(options.device), "moment": machine.moment(options.device)}
+            options.out.write_text(json.dumps(about | {"targets": TARGETS, "results": results}, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
