@@ -29,6 +29,7 @@ from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits
 from kd_kernels.loss import driver
 from kd_kernels.loss.plan import TAILS, RowJob
 from kd_kernels.products import PITCH, RawRows, SparseRows
+from kd_kernels.sampling.reference import Request, RowSamples
 from kd_kernels.stats.reference import RowStats
 
 TARGETS = {
@@ -367,6 +368,23 @@ def _stat_rows(choice: Choice) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sample_rows(choice: Choice) -> None:
+    ids, numbers, fine = (functools.partial(_of_rows, choice, d) for d in (torch.int64, torch.float32, torch.float64))
+    wants = lambda name, of: of() if name in choice["filters"] else None  # noqa: E731
+    request = Request(
+        ids(), ids(), ids(), numbers(), wants("top_k", ids), wants("top_p", fine), wants("min_p", fine),
+        ids() if choice["given"] else None, race=0,
+    )
+    stats = (numbers(), numbers()) if choice["stats"] else (None, None)
+    out = RowSamples(ids(), numbers(), numbers(), *stats)
+    _triton("sampling").sample_rows(_raw_rows(choice, "logits"), request, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # topk_targets
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -417,6 +435,19 @@ VERBS: dict[str, Verb] = {
         is_possible=lambda choice: _has_rows(choice, "logits"),
         launch=_stat_rows,
         main={**_ROWS_MAIN, "logits": (HEAD,), "logits_bias": (False,)},
+    ),
+    "sample": Verb(
+        axes={
+            **_ROWS, "columns": (*_ROWS["columns"], 500_000, 1 << 24), "logits": (HEAD, COPY, *CALLERS),
+            "logits_bias": (False, True), "stats": (False, True), "given": (False, True),
+            "filters": ((), ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p")),
+        },
+        is_possible=lambda choice: _has_rows(choice, "logits"),
+        launch=_sample_rows,
+        main={
+            **_ROWS_MAIN, "logits": (HEAD,), "logits_bias": (False,), "filters": ((), ("top_p",)),
+            "stats": (False, True), "given": (False,),
+        },
     ),
     "topk_targets": Verb(
         axes={

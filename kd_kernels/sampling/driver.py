@@ -17,7 +17,7 @@ from kd_kernels.loss.plan import unpack
 from kd_kernels.sampling.arguments import Place, Warp
 from kd_kernels.sampling.reference import Request, RowSamples
 
-IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl"}
+IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
 """By backend, the module with its ``sample_rows``; imported when the backend first runs."""
 
 INVERSE_RANGE = (2.0**-126, 3.4028234663852886e38)

@@ -1,0 +1,32 @@
+"""Launch numbers of the Triton kernels. They change the speed and no draw. Not yet measured on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEMBERS = 2048
+"""Logits of listed groups that a filter looks at together: 8 a lane."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``block`` elements at a time by ``num_warps`` warps."""
+
+    block: int
+    num_warps: int
+
+
+def group_launch(vocab: int, warp_size: int) -> Launch:
+    """For the kernel that reads the logits: 16 of them a lane, which are four loads of 16 bytes in flight in fp32."""
+    block = 512
+    while block < min(vocab, 4096):
+        block *= 2
+    return Launch(block, max(1, block // (16 * warp_size)))
+
+
+def race_launch(n_groups: int, warp_size: int) -> Launch:
+    """For kernels that walk the groups of a row: two a lane, of up to 128 lanes (with four, ptxas spills on sm_100)."""
+    block = 64
+    while block < min(n_groups, 256):
+        block *= 2
+    return Launch(block, max(1, block // (2 * warp_size)))
