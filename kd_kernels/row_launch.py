@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,19 @@ def lanes_per_warp() -> int:
     if torch.version.hip is None or not torch.cuda.is_available():
         return 32
     return torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
+
+
+def readable_columns(*rows: Tensor) -> int:
+    """How many columns of the rows ``[C, V]`` have memory that a kernel may read, and fill with zeros where it writes:
+    V, or the next multiple of 16 where all rows lie so far apart and begin at multiples of 16 elements."""
+    columns = rows[0].shape[1]
+    padded = -(-columns // 16) * 16
+    for each in rows:
+        ends = each.storage_offset() + (each.shape[0] - 1) * each.stride(0) + padded
+        has_room = each.stride(0) >= padded and ends <= each.untyped_storage().nbytes() // each.dtype.itemsize
+        if not has_room or each.stride(0) % 16:
+            return columns
+    return padded
 
 
 def row_launch(vocab: int, warp_size: int | None = None) -> Launch:

@@ -52,8 +52,9 @@ def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
     # What a kernel is told not to follow still has the type of what it might: branches are compiled either way.
     no_ids, no_numbers = request.seeds, request.seeds.view(torch.float64)
     group_sums_kernel[(count * n_blocks,)](
-        raw, bias, request.inverse, maxima, sums, race_sums, weighted, raw.stride(0), columns, n_groups, n_blocks,
-        has_bias, *logits_map, STATS=wants_stats, BLOCK=launch.block, num_warps=launch.num_warps, **UNFUSED,
+        raw, bias, request.inverse, maxima, sums, race_sums, weighted, raw.stride(0), columns,
+        row_launch.readable_columns(raw), n_groups, n_blocks, has_bias, *logits_map, STATS=wants_stats,
+        BLOCK=launch.block, num_warps=launch.num_warps, **UNFUSED,
     )
     launch = config.race_launch(n_groups, warp_size)
     filters = (request.top_k, request.top_p, request.min_p)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    LARGEST_KEY, LEAST_KEY, finite_or_zero, join_argmax, keys_of, load_candidates, load_logits,
+    LARGEST_KEY, LEAST_KEY, finite_or_zero, join_argmax, keys_of, load_block, load_candidates, load_logits,
 )
 
 GROUP = tl.constexpr(128)
@@ -65,7 +65,7 @@ def store_groups(
         tl.store(weighted_row + o_g, weighted, mask=o_g < n_groups)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "has_bias"])
+@triton.jit(do_not_specialize=["n_columns", "n_blocks", "has_bias"])
 def group_sums_kernel(
     raw_ptr,  # [C, V], any float dtype
     bias_ptr,  # [V] fp32
@@ -74,7 +74,8 @@ def group_sums_kernel(
     sums_ptr,  # [C, G] fp32
     race_sums_ptr,  # [C, G] fp32
     weighted_ptr,  # [C, G] fp32
-    stride, n_columns, n_groups, n_blocks, has_bias, factor, height, STATS: tl.constexpr, BLOCK: tl.constexpr,
+    stride, n_columns, n_readable, n_groups, n_blocks, has_bias, factor, height,
+    STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Summaries of the groups. Moves V s + 12 G bytes a row (16 G with STATS), s those of a logit. G is a multiple of
     16, so that all rows are aligned: groups past V are empty."""
@@ -82,7 +83,7 @@ def group_sums_kernel(
     o_g = tl.program_id(0) % n_blocks * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     o_v = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inverse, is_greedy, is_valid = safe_inverse(inverse_ptr, row)
-    z = load_logits(raw_ptr + row * stride, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
+    z = load_block(raw_ptr + row * stride, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
     at = row * n_groups
     store_groups(
         z, o_g, maxima_ptr + at, sums_ptr + at, race_sums_ptr + at, weighted_ptr + at, n_groups, inverse, STATS

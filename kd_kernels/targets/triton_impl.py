@@ -100,8 +100,9 @@ def _truncate(
     launch = config.group_launch(columns, warp_size)
     n_blocks = -(-n_groups * group // launch.block)
     group_kernel[(count * n_blocks,)](
-        raw, bias, inverses, scratch.maxima, scratch.sums, raw.stride(0), columns, n_groups, n_further, n_blocks,
-        has_bias, factor, height, BLOCK=launch.block, GROUP=group, num_warps=launch.num_warps,
+        raw, bias, inverses, scratch.maxima, scratch.sums, raw.stride(0), columns, row_launch.readable_columns(raw),
+        n_groups, n_further, n_blocks, has_bias, factor, height,
+        BLOCK=launch.block, GROUP=group, num_warps=launch.num_warps,
     )
     launch = config.select_launch(n_groups, warp_size)
     select_groups_kernel[(count,)](

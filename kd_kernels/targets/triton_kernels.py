@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    LARGEST_KEY, LEAST_KEY, LOWEST, finite_or_zero, keys_of, load_candidates, load_logits,
+    LARGEST_KEY, LEAST_KEY, LOWEST, finite_or_zero, keys_of, load_block, load_candidates,
 )
 
 INFINITE = tl.constexpr(-1)
@@ -23,14 +23,14 @@ N_STATE = tl.constexpr(6)
 # out, and of the candidates that were.
 
 
-@triton.jit(do_not_specialize=["n_further", "n_blocks", "has_bias"])
+@triton.jit(do_not_specialize=["n_columns", "n_further", "n_blocks", "has_bias"])
 def group_kernel(
     raw_ptr,  # [C, V], any float dtype
     bias_ptr,  # [V] fp32
     inverses_ptr,  # [T] fp32: 1 / temperature, of those beyond 1
     maxima_ptr,  # [C, G] fp32
     sums_ptr,  # [C, 1 + T, G] fp32
-    stride, n_columns, n_groups, n_further, n_blocks, has_bias, factor, height,
+    stride, n_columns, n_readable, n_groups, n_further, n_blocks, has_bias, factor, height,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):
     """Maximum m of every group, and its sums of ``exp((z - m) / temperature)``. Moves V (s + 4 (2 + T) / S) bytes a
@@ -40,7 +40,7 @@ def group_kernel(
     first = tl.program_id(0) % n_blocks * (BLOCK // GROUP)
     o_g = first + tl.arange(0, BLOCK // GROUP)
     o_v = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    z = load_logits(raw_ptr + row * stride, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
+    z = load_block(raw_ptr + row * stride, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
     maximum = tl.max(z, 1)
     below = z - finite_or_zero(maximum)[:, None]
     tl.store(maxima_ptr + row * n_groups + o_g, maximum, mask=o_g < n_groups)
