@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-device=cuda parts=ceilings,wheels,build,tests,compare,ops dry_run=0
+device=cuda parts=ceilings,wheels,build,tests,sampling,compare,ops dry_run=0
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=$2; shift 2 ;;
@@ -75,7 +75,9 @@ fi
 
 part tests 140 "$python" -m pytest -q -m gpu --continue-on-collection-errors "${tests[@]}"
 
-part compare 280 "$python" -m bench.side_by_side --device "$device" --plan cuda "${tiny[@]}" \
+part sampling 45 "$python" -m bench.gpu_sampling --device "$device" "${tiny[@]}" --out "$results/gpu_sampling.json"
+
+part compare 250 "$python" -m bench.side_by_side --device "$device" --plan cuda "${tiny[@]}" \
     --out "$results/gpu_side_by_side.json" "$@"
 
 part ops 90 "$python" -m pytest -q bench --device "$device" "${tiny[@]}" --benchmark-only --benchmark-quiet \

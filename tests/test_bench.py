@@ -567,10 +567,10 @@ def test_gpu_script_runs_all_parts(tmp_path: Path) -> None:
     command = ["bash", "bench/gpu.sh", "--dry-run", "--device", "cpu", "--", "--seconds", "0", "--only", "topk_llama"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    for part in ("ceilings", "tests", "compare", "ops"):
+    for part in ("ceilings", "tests", "sampling", "compare", "ops"):
         assert f"== {part}: status 0" in done.stdout, part
     assert "topk_llama: topk_targets" in done.stdout.split("== ops: status 0")[1]  # the table comes last
-    names = {"gpu_ceilings.json", "gpu_side_by_side.json", "gpu_ops.json"}
+    names = {"gpu_ceilings.json", "gpu_sampling.json", "gpu_side_by_side.json", "gpu_ops.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
     rows = json.loads((tmp_path / "out" / "gpu_ops.json").read_text())["benchmarks"]
