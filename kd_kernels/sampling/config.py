@@ -30,3 +30,27 @@ def race_launch(n_groups: int, warp_size: int) -> Launch:
     while block < min(n_groups, 256):
         block *= 2
     return Launch(block, max(1, block // (2 * warp_size)))
+
+
+MAX_FUSED_ROWS = 64
+"""Up to so many rows, the head's product and the summaries of the groups are one kernel, which reads the weights once.
+Beyond, the product is bound by arithmetic, and cuBLAS has the tuning for that."""
+
+
+@dataclass(frozen=True)
+class FusedLaunch:
+    """A program has a group of 128 ids and ``rows`` rows, and goes through the hidden size in steps of ``depth``;
+    ``num_stages`` of them are loaded ahead: 48 KB of weights."""
+
+    rows: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def fused_launch(rows: int, warp_size: int) -> FusedLaunch:
+    """For so many rows, at least the 16 that a matrix unit takes."""
+    taken = 16
+    while taken < rows:
+        taken *= 2
+    return FusedLaunch(taken, 64, 256 // warp_size, 3)

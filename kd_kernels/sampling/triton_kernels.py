@@ -1,8 +1,9 @@
 """The draws of ``DRAWS.md`` as Triton kernels. A row of logits is read once; the race is between summaries.
 
-First pass, over all of a chunk: each vocabulary group's maximum and sums. Second, only where there are filters: the key
-of the last logit that stays, and the sums of what is left. Third, a program a row: the race between the groups, the
-pick inside of the one that won, and the numbers that go with it. Only the group that won is looked at again.
+First pass, over all of a chunk: each vocabulary group's maximum and sums (of few rows, with the head's product). Second,
+only where there are filters: the key of the last logit that stays, and the sums of what is left. Third, a program a
+row: the race between the groups, the pick inside of the one that won, and the numbers that go with it. Only the group
+that won is looked at again.
 
 What the contract rounds to fp32 is rounded, so multiplications and additions must not be fused
 (``enable_fp_fusion=False``).
@@ -13,6 +14,7 @@ import triton.language as tl
 
 from kd_kernels.triton_rows import (
     LARGEST_KEY, LEAST_KEY, finite_or_zero, join_argmax, keys_of, load_block, load_candidates, load_logits,
+    map_raw,
 )
 
 GROUP = tl.constexpr(128)
@@ -48,21 +50,21 @@ def safe_inverse(inverse_ptr, row):
 
 @triton.jit
 def store_groups(
-    z, o_g, maxima_row, sums_row, race_sums_row, weighted_row, n_groups, inverse, STATS: tl.constexpr,
+    z, at, mask, maxima_ptr, sums_ptr, race_sums_ptr, weighted_ptr, inverse, is_tempered, STATS: tl.constexpr,
 ):
-    """Of logits ``[G, 128]``: the maximum m; the sums of ``exp(z - m)``, ``exp((z - m) / T)``, ``exp(z - m) (z - m)``."""
+    """Of logits ``[G, 128]``: maximum m; sums of ``exp(z - m)``, of ``exp((z - m) / T)``, of ``exp(z - m) (z - m)``."""
     maximum = tl.max(z, 1)
     below = z - finite_or_zero(maximum)[:, None]
     share = tl.exp(below)
     total = add_by_halves(share)
-    tl.store(maxima_row + o_g, maximum, mask=o_g < n_groups)
-    tl.store(sums_row + o_g, total, mask=o_g < n_groups)
-    if inverse != 1.0:
+    tl.store(maxima_ptr + at, maximum, mask=mask)
+    tl.store(sums_ptr + at, total, mask=mask)
+    if is_tempered:
         total = add_by_halves(tl.exp(below * inverse))
-    tl.store(race_sums_row + o_g, total, mask=o_g < n_groups)
+    tl.store(race_sums_ptr + at, total, mask=mask)
     if STATS:
         weighted = tl.sum(tl.where(below > -1e30, share * below, 0.0), 1)
-        tl.store(weighted_row + o_g, weighted, mask=o_g < n_groups)
+        tl.store(weighted_ptr + at, weighted, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_columns", "n_blocks", "has_bias"])
@@ -84,9 +86,50 @@ def group_sums_kernel(
     o_v = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inverse, is_greedy, is_valid = safe_inverse(inverse_ptr, row)
     z = load_block(raw_ptr + row * stride, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
-    at = row * n_groups
     store_groups(
-        z, o_g, maxima_ptr + at, sums_ptr + at, race_sums_ptr + at, weighted_ptr + at, n_groups, inverse, STATS
+        z, row * n_groups + o_g, o_g < n_groups, maxima_ptr, sums_ptr, race_sums_ptr, weighted_ptr, inverse,
+        inverse != 1.0, STATS,
+    )
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_columns", "has_bias"])
+def head_groups_kernel(
+    hidden_ptr,  # [C, H] bf16 or fp16
+    weight_ptr,  # [V, H] bf16 or fp16
+    raw_ptr,  # [C, V] fp32: out
+    bias_ptr,  # [V] fp32
+    inverse_ptr,  # [C] fp32
+    maxima_ptr,  # [C, G] fp32
+    sums_ptr,  # [C, G] fp32
+    race_sums_ptr,  # [C, G] fp32
+    weighted_ptr,  # [C, G] fp32
+    hidden_stride, weight_stride, stride, n_rows, n_columns, n_hidden, n_groups, has_bias, factor, height,
+    STATS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):
+    """The head's product for up to ROWS rows, and the summaries of the one group that this program has of each, while it
+    has them. Moves 2 V H bytes of weights, once, 4 C V of products, which only what follows may read, and 12 G a row."""
+    group = tl.program_id(0).to(tl.int64)
+    o_j, o_r, o_h = tl.arange(0, GROUP), tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    exists, is_row = group * GROUP + o_j < n_columns, o_r < n_rows
+    weight_tile = weight_ptr + group * GROUP * weight_stride + o_j[:, None] * weight_stride
+    hidden_tile = hidden_ptr + o_r[None, :] * hidden_stride
+    products = tl.zeros([GROUP, ROWS], tl.float32)
+    for begin in range(0, n_hidden, DEPTH):
+        inside = begin + o_h < n_hidden
+        weight = tl.load(weight_tile + (begin + o_h)[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
+        hidden = tl.load(hidden_tile + (begin + o_h)[:, None], mask=inside[:, None] & is_row[None, :], other=0.0)
+        products = tl.dot(weight, hidden, products)
+    raw = tl.trans(products)
+    o_v = group * GROUP + o_j
+    tl.store(raw_ptr + o_r[:, None].to(tl.int64) * stride + o_v[None, :], raw, mask=is_row[:, None] & exists[None, :])
+    if has_bias:
+        raw += tl.load(bias_ptr + o_v, mask=exists, other=0.0)[None, :]
+    z = tl.where(exists[None, :], map_raw(raw, factor, height), -float("inf"))
+    inverse = tl.load(inverse_ptr + o_r, mask=is_row, other=1.0)
+    inverse = tl.where((inverse == inverse) & (inverse < float("inf")), inverse, 1.0)
+    store_groups(
+        z, o_r * n_groups + group, is_row, maxima_ptr, sums_ptr, race_sums_ptr, weighted_ptr, inverse[:, None],
+        tl.max((inverse != 1.0).to(tl.int32), 0) > 0, STATS,
     )
 
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kd_kernels import LinearLogits, Sampled, sample
+from kd_kernels import LinearLogits, Sampled, accept_or_resample, products, sample
 from kd_kernels.sampling import config
 from sampling_judge import assert_samples
 
+triton_impl = pytest.importorskip("kd_kernels.sampling.triton_impl", reason="triton is not installed")
 pytestmark = pytest.mark.interpret
 
 LEAST = torch.finfo(torch.float32).min
@@ -110,6 +111,49 @@ def test_maps_of_a_head() -> None:
     hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((3, 16), (600, 16), (600,)))
     noun = LinearLogits(hidden, weight, bias, scale=0.7, softcap=4.0, valid_vocab=590)
     assert_agrees(noun, **place(3), temperature=torch.tensor([0.5, 1.0, 0.0]), top_k=50)
+
+
+def few_rows(rows: int, dtype: torch.dtype, vocab: int = 300, width: int = 70, **options: object) -> LinearLogits:
+    """Of products that are small whole numbers, exact in any order; no tile divides anything."""
+    generator = torch.Generator().manual_seed(rows)
+    whole = lambda *shape: torch.randint(-1, 2, shape, generator=generator).to(dtype)  # noqa: E731
+    return LinearLogits(whole(rows, width), whole(vocab, width), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_a_head_of_few_rows_is_one_kernel(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit what the product and the pass over it give."""
+    noun = few_rows(rows, dtype, bias=torch.arange(300).to(dtype) / 512, scale=0.25, softcap=8.0, valid_vocab=290)
+    arguments = dict(**place(rows), return_stats=True, temperature=torch.linspace(0, 2, rows), backend="triton")
+    fused, filtered = sample(noun, **arguments), sample(noun, **arguments, min_p=0.1)
+    assert launched_fused(noun, rows)
+    monkeypatch.setattr(config, "MAX_FUSED_ROWS", 0)
+    assert not launched_fused(noun, rows)
+    assert_equal(fused, sample(noun, **arguments))
+    assert_equal(filtered, sample(noun, **arguments, min_p=0.1))
+
+
+def launched_fused(noun: LinearLogits, rows: int) -> bool:
+    return triton_impl.fuses(products.source(noun, None, torch.float32), rows)
+
+
+def test_what_is_not_one_kernel() -> None:
+    assert not launched_fused(few_rows(4, torch.float32), 4)
+    assert not launched_fused(few_rows(65, torch.bfloat16), 65)
+    turned = few_rows(4, torch.bfloat16)
+    assert not launched_fused(dataclasses.replace(turned, weight=turned.weight.t().contiguous().t()), 4)
+    assert not triton_impl.fuses(products.source(eighths(4, 300), None, torch.float32), 4)
+
+
+def test_a_chunk_of_picked_rows_of_a_head() -> None:
+    """Rows that were refused, as accept_or_resample draws them: the fused kernel sees those alone."""
+    noun = few_rows(9, torch.bfloat16)
+    drafts = torch.arange(9)
+    ours, theirs = (
+        accept_or_resample(drafts, noun, k=100, **place(9), backend=name) for name in ("triton", "reference")
+    )
+    assert torch.equal(ours.ids, theirs.ids) and 0 < int(ours.accepted.sum()) < 9
 
 
 def test_masks_that_are_the_least_number_are_logits() -> None:
