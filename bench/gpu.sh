@@ -75,7 +75,7 @@ fi
 
 part tests 140 "$python" -m pytest -q -m gpu --continue-on-collection-errors "${tests[@]}"
 
-part compare 280 "$python" -m bench.side_by_side --device "$device" --plan cuda "${tiny[@]}" \
+part compare 250 "$python" -m bench.side_by_side --device "$device" --plan cuda "${tiny[@]}" \
     --out "$results/gpu_side_by_side.json" "$@"
 
 part sampler 60 "$python" -m bench.sampling --device "$device" "${tiny[@]}" --rows 16 64 256 1024 --seconds 3 \

@@ -23,12 +23,13 @@ from typing import Any, Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor
 
-from kd_kernels import row_launch
+from kd_kernels import products, row_launch
 from kd_kernels.divergences import parse
 from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits
 from kd_kernels.loss import driver
 from kd_kernels.loss.plan import TAILS, RowJob
 from kd_kernels.products import PITCH, RawRows, SparseRows
+from kd_kernels.sampling.reference import Request, RowSamples
 from kd_kernels.stats.reference import RowStats
 
 TARGETS = {
@@ -367,6 +368,36 @@ def _stat_rows(choice: Choice) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sample_request(choice: Choice) -> tuple[Request, RowSamples]:
+    ids, numbers, fine = (functools.partial(_of_rows, choice, d) for d in (torch.int64, torch.float32, torch.float64))
+    wants = lambda name, of: of() if name in choice["filters"] else None  # noqa: E731
+    request = Request(
+        ids(), ids(), ids(), numbers(), wants("top_k", ids), wants("top_p", fine), wants("min_p", fine),
+        ids() if choice["given"] else None, race=0,
+    )
+    stats = (numbers(), numbers()) if choice["stats"] else (None, None)
+    return request, RowSamples(ids(), numbers(), numbers(), *stats)
+
+
+def _sample_rows(choice: Choice) -> None:
+    _triton("sampling").sample_rows(_raw_rows(choice, "logits"), *_sample_request(choice))
+
+
+def _sample_head(choice: Choice) -> None:
+    rows, columns, dtype, width = choice["rows"], choice["columns"], choice["dtype"], choice["width"]
+    hidden, weight = _of_rows(choice, dtype)[:, None].expand(rows, width), _empty(columns, width, dtype=dtype)
+    head = LinearLogits(hidden, weight, _empty(columns) if choice["logits_bias"] else None, choice["scale"])
+    source = products.source(head, None, torch.float32)
+    source.open(rows)
+    assert _triton("sampling").fuses(source, rows)
+    _triton("sampling").sample_head(source, 0, rows, *_sample_request(choice))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # topk_targets
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -417,6 +448,32 @@ VERBS: dict[str, Verb] = {
         is_possible=lambda choice: _has_rows(choice, "logits"),
         launch=_stat_rows,
         main={**_ROWS_MAIN, "logits": (HEAD,), "logits_bias": (False,)},
+    ),
+    "sample": Verb(
+        axes={
+            **_ROWS, "columns": (*_ROWS["columns"], 500_000, 1 << 24), "logits": (HEAD, COPY, *CALLERS),
+            "logits_bias": (False, True), "stats": (False, True), "given": (False, True),
+            "filters": ((), ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p")),
+        },
+        is_possible=lambda choice: _has_rows(choice, "logits"),
+        launch=_sample_rows,
+        main={
+            **_ROWS_MAIN, "logits": (HEAD,), "logits_bias": (False,), "filters": ((), ("top_p",)),
+            "stats": (False, True), "given": (False,),
+        },
+    ),
+    "sample, few rows of a head": Verb(
+        axes={
+            **_ROWS, "columns": (*_ROWS["columns"], 500_000, 1 << 24), "rows": (1, 16, 17, 33, 64),
+            "dtype": (torch.bfloat16, torch.float16), "width": (1, 100, 4096), "logits_bias": (False, True),
+            "stats": (False, True), "given": (False, True), "filters": ((), ("top_k",), ("top_k", "top_p", "min_p")),
+        },
+        is_possible=lambda choice: True,
+        launch=_sample_head,
+        main={
+            **_ROWS_MAIN, "rows": (16, 64), "dtype": (torch.bfloat16,), "width": (4096,), "logits_bias": (False,),
+            "filters": ((),), "stats": (False, True), "given": (False,),
+        },
     ),
     "topk_targets": Verb(
         axes={

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,27 @@ def lanes_per_warp() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
 
 
+def max_registers(lanes: int, warp_size: int, programs: int = 1) -> int | None:
+    """Of a lane, so that so many programs share a multiprocessor's 65,536 registers. Left to itself, ptxas gives more to a
+    lane, or spills some to make room for one program more. None: AMD's compiler decides."""
+    return min(255, 65_536 // (programs * lanes)) if warp_size == 32 and torch.version.hip is None else None
+
+
+def readable_columns(*rows: Tensor) -> int:
+    """How many columns of the rows ``[C, V]`` have memory that a kernel may read, and fill with zeros where it writes:
+    V, or the next multiple of 16 where all rows lie so far apart and begin at multiples of 16 elements."""
+    columns = rows[0].shape[1]
+    padded = -(-columns // 16) * 16
+    for each in rows:
+        ends = each.storage_offset() + (each.shape[0] - 1) * each.stride(0) + padded
+        has_room = each.stride(0) >= padded and ends <= each.untyped_storage().nbytes() // each.dtype.itemsize
+        if not has_room or each.stride(0) % 16:
+            return columns
+    return padded
+
+
 def row_launch(vocab: int, warp_size: int | None = None) -> Launch:
     """For kernels that walk a row of the vocabulary with one program: four columns a lane."""
     warp_size = lanes_per_warp() if warp_size is None else warp_size
     lanes = 128 if vocab <= 1024 else 256 if vocab <= 16_384 else 512
-    # Two programs of 512 lanes then share a multiprocessor's 65,536 registers. Left to itself, ptxas gives more than 64 to
-    # a lane, or spills some to make room for a third program.
-    max_registers = min(255, 65_536 // (2 * lanes)) if warp_size == 32 and torch.version.hip is None else None
-    return Launch(block=4 * lanes, num_warps=lanes // warp_size, max_registers=max_registers)
+    return Launch(4 * lanes, lanes // warp_size, max_registers(lanes, warp_size, programs=2))

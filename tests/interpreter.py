@@ -1,4 +1,4 @@
-"""Two repairs of Triton's interpreter, for the tests: bf16 is rounded as GPUs round it, and half of the time is saved."""
+"""Repairs of Triton's interpreter, for the tests: bf16 is rounded and multiplied as on a GPU; half of the time is saved."""
 
 from __future__ import annotations
 
@@ -48,6 +48,22 @@ def _round_bf16() -> None:
     interpreter._convert_float = convert_float
 
 
+def _multiply_bf16() -> None:
+    """A product of bf16 is that of the numbers. The interpreter multiplies the 16 bits of each, as integers."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot_of_numbers(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot_of_numbers
+
+
 def install() -> None:
     _patch_the_language_once()
     _round_bf16()
+    _multiply_bf16()

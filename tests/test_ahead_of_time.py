@@ -20,12 +20,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process, and compiles nothing", allow_module_level=True)
 
-from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, kd_loss, token_stats, topk_targets
+from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, kd_loss, sample, token_stats, topk_targets
 from kd_kernels import _backend, aot, launches
 from kd_kernels.loss import api as loss_api
 from kd_kernels.loss.plan import TAILS
+from kd_kernels.sampling import driver as sampling_driver
 from kd_kernels.stats import api as stats_api
 from kd_kernels.targets import api as targets_api
+
+
+READERS = ("dense_rows_kernel", "sparse_rows_kernel", "token_stats_kernel", "group_kernel", "group_sums_kernel")
+"""Kernels that read whole rows of logits."""
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +45,17 @@ def test_every_kernel_compiles_and_the_main_path_spills_no_register(compiled: li
 
 
 def test_rows_are_read_sixteen_bytes_at_a_time(compiled: list[aot.Compiled]) -> None:
-    rows = ("dense_rows_kernel", "sparse_rows_kernel", "token_stats_kernel", "group_kernel")
-    narrow = [str(each) for each in compiled if each.is_main and each.kernel in rows and each.wide_loads == 0]
+    narrow = [str(each) for each in compiled if each.is_main and each.kernel in READERS and each.wide_loads == 0]
     assert not narrow, "\n".join(narrow)
+
+
+def test_so_they_are_where_16_does_not_divide_the_vocabulary() -> None:
+    """Scratch has room past each row: the very kernels of the main path read it."""
+    main = set(launches.main_path("sm_90"))
+    verbs = [verb for verb in launches.VERBS.values() if "columns" in verb.axes]
+    made = launches.record([(verb, {**verb.main_path()[0], "columns": 50_257}) for verb in verbs], "sm_90")
+    readers = {each for each in made if each.kernel.partition(":")[2] in READERS}
+    assert len(readers) == len(READERS) and readers <= main
 
 
 def test_each_formula_meets_each_target(compiled: list[aot.Compiled]) -> None:
@@ -129,6 +142,18 @@ def _topk_targets(draw: random.Random, rows: int, columns: int) -> None:
         )
 
 
+def _sample(draw: random.Random, rows: int, columns: int) -> None:
+    of_rows = lambda dtype, *numbers: draw.choice((None, *numbers, _empty(rows, dtype=dtype)))  # noqa: E731
+    temperature = draw.choice((1.0, 0.0, _empty(rows)))
+    sample(
+        _student(draw, rows, columns), temperature=temperature, top_k=of_rows(torch.int64, 5),
+        top_p=of_rows(torch.float32, 0.5), min_p=of_rows(torch.float64, 0.1),
+        seed=draw.choice((1, _empty(rows).long())), keys=of_rows(torch.int64),
+        positions=of_rows(torch.int32), return_stats=draw.random() < 0.5, check="flag",
+        max_scratch_bytes=draw.choice((None, 24 << 20)),
+    )
+
+
 class _Launched(Exception):
     """Everything was launched; what follows would look at the result."""
 
@@ -158,7 +183,7 @@ def _drawn(target: str, calls: int) -> list[launches.Specialisation]:
     with launches.recording(target) as launched:
         for i in range(calls):
             rows, columns = draw.choice((5, 128, 700)), draw.choice((1, 512, 777, 4096, 32_001, 128_256))
-            (_token_stats, _topk_targets, _kd_loss, _kd_loss)[i % 4](draw, rows, columns)
+            (_token_stats, _topk_targets, _sample, _kd_loss, _kd_loss)[i % 5](draw, rows, columns)
     return launched
 
 
@@ -168,7 +193,8 @@ def test_nothing_else_is_launched(target: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_backend, "_runs_on", lambda name, device: True)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # the meta device has no autocast
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: contextlib.nullcontext())
-    for owner, op in ((loss_api, "_loss"), (loss_api, "_loss_per_token"), (stats_api, "_token_stats")):
+    losses = (loss_api, "_loss"), (loss_api, "_loss_per_token")
+    for owner, op in (*losses, (stats_api, "_token_stats"), (sampling_driver, "_sample")):
         # On the meta device an op would run its fake, which launches nothing.
         monkeypatch.setattr(owner, op, torch.no_grad()(getattr(owner, op)._init_fn))
 
@@ -176,7 +202,7 @@ def test_nothing_else_is_launched(target: str, monkeypatch: pytest.MonkeyPatch) 
         raise _Launched
 
     monkeypatch.setattr(targets_api, "_check_rows", stop)
-    known, launched = _values(launches.main_path(target) + launches.rest(target)), _drawn(target, calls=320)
+    known, launched = _values(launches.main_path(target) + launches.rest(target)), _drawn(target, calls=400)
     assert len(set(launched)) > 150
     unknown = _values(launched) - known
     assert not unknown, sorted(map(str, unknown))

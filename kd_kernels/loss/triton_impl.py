@@ -14,7 +14,7 @@ from kd_kernels.loss import config
 from kd_kernels.loss.plan import STATS, TAILS, RowJob, Rows
 from kd_kernels.loss.triton_kernels import dense_rows_kernel, scale_kernel, sparse_rows_kernel
 from kd_kernels.products import RawRows, SparseRows
-from kd_kernels.row_launch import row_launch
+from kd_kernels.row_launch import readable_columns, row_launch
 
 NATIVE = True
 
@@ -42,6 +42,7 @@ def dense_rows(
             student.raw, teacher.raw, _or(gradient, student.raw), _or(student.bias, no_bias), _or(teacher.bias, no_bias),
             _or(labels, no_labels), weight, loss, _or(stats, loss), status,
             student.raw.stride(0), teacher.raw.stride(0), 0 if gradient is None else gradient.stride(0), columns,
+            readable_columns(student.raw, teacher.raw, _or(gradient, student.raw)),
             _needs_labels(labels, job, want_stats), int(student.bias is not None), int(teacher.bias is not None),
             *student_map, *teacher_map[:2], job.temperature, job.kd_weight, job.ce_weight, *_params(job), job.divergence.total_g or 0.0,
             TERMS=triton_terms(job.divergence.kernel), N_PARAMS=len(job.divergence.values), KNOWS_G=knows_g,
@@ -65,7 +66,8 @@ def sparse_rows(
             student.raw, _or(gradient, student.raw), _or(student.bias, no_bias), teacher.starts, teacher.ends,
             teacher.ids, teacher.logprobs, _or(teacher.importance, kept), _or(teacher.tail_logprob, kept), kept,
             _or(labels, no_labels), weight, loss, _or(stats, loss), status, student.raw.stride(0),
-            0 if gradient is None else gradient.stride(0), columns, _needs_labels(labels, job, want_stats),
+            0 if gradient is None else gradient.stride(0), columns,
+            readable_columns(student.raw, _or(gradient, student.raw)), _needs_labels(labels, job, want_stats),
             int(student.bias is not None), int(teacher.tail_logprob is not None), int(teacher.importance is not None),
             TAILS.index(job.tail), *_map(student, job.temperature), job.temperature, job.kd_weight, job.ce_weight,
             *_params(job), TERMS=triton_terms(job.divergence.kernel), N_PARAMS=len(job.divergence.values),

@@ -7,7 +7,7 @@ a lane, in fp32. A row of weight 0 costs its zeros; a row with something wrong i
 import triton
 import triton.language as tl
 
-from kd_kernels.triton_rows import LOWEST, add_to_normaliser, join_normaliser, load_logits, p_log_p
+from kd_kernels.triton_rows import LOWEST, add_to_normaliser, join_normaliser, load_block, load_logits, p_log_p
 
 BAD_STUDENT = tl.constexpr(1)
 BAD_TEACHER = tl.constexpr(2)
@@ -21,8 +21,9 @@ N_STATS = tl.constexpr(11)
 BUCKET = tl.constexpr(0)
 RENORMALIZE = tl.constexpr(1)
 
-KEPT = tl.constexpr(-3.4028234663852886e38)
-"""Written over the kept logits of a sparse row, so that what remains is its tail. The least number of fp32: no logit."""
+KEPT = tl.constexpr(0x7FC0FACE)
+"""Bits that are written over the kept logits of a sparse row, so that what remains is its tail: a NaN that no arithmetic
+makes."""
 
 LARGEST_LOGPROB = tl.constexpr(1e-4)
 LARGEST_MASS = tl.constexpr(1.1)
@@ -53,12 +54,21 @@ def first_where(holds, o_v):
 
 
 @triton.jit
+def load_tail(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height):
+    """Logits of a sparse row of which the kept ones were taken out: those are -inf. And which they are."""
+    raw = tl.load(student_row + o_v, mask=o_v < n_readable, other=0.0)
+    was_kept = raw.to(tl.int32, bitcast=True) == KEPT
+    z = load_block(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+    return tl.where(was_kept, -float("inf"), z), was_kept
+
+
+@triton.jit
 def skip_row(
     gradient_ptr,  # [V]
     loss_ptr,  # []
     stats_ptr,  # [11]
     status_ptr,  # []
-    n_columns, HAS_GRADIENT: tl.constexpr, HAS_STATS: tl.constexpr, BLOCK: tl.constexpr,
+    n_readable, HAS_GRADIENT: tl.constexpr, HAS_STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """What a row of weight 0 has: no loss, no gradient, statistics of NaN."""
     tl.store(loss_ptr, tl.zeros([], tl.float64))
@@ -68,9 +78,9 @@ def skip_row(
         tl.store(stats_ptr + o_s, tl.full([16], float("nan"), tl.float64), mask=o_s < N_STATS)
     if HAS_GRADIENT:
         o_b = tl.arange(0, BLOCK)
-        for begin in range(0, n_columns, BLOCK):
+        for begin in range(0, n_readable, BLOCK):
             nothing = tl.zeros([BLOCK], tl.float32).to(gradient_ptr.dtype.element_ty)
-            tl.store(gradient_ptr + begin + o_b, nothing, mask=begin + o_b < n_columns)
+            tl.store(gradient_ptr + begin + o_b, nothing, mask=begin + o_b < n_readable)
 
 
 @triton.jit
@@ -126,7 +136,7 @@ def store_stats(
 
 
 # Flags are compared at run time, by a branch that all lanes take: one kernel serves them all.
-@triton.jit(do_not_specialize=["has_labels", "student_has_bias", "teacher_has_bias"])
+@triton.jit(do_not_specialize=["n_columns", "has_labels", "student_has_bias", "teacher_has_bias"])
 def dense_rows_kernel(
     student_ptr,  # [C, V], any float dtype
     teacher_ptr,  # [C, V], any float dtype
@@ -138,7 +148,8 @@ def dense_rows_kernel(
     loss_ptr,  # [C] fp64
     stats_ptr,  # [C, 11] fp64
     status_ptr,  # [C] int32
-    student_stride, teacher_stride, gradient_stride, n_columns, has_labels, student_has_bias, teacher_has_bias,
+    student_stride, teacher_stride, gradient_stride, n_columns, n_readable, has_labels, student_has_bias,
+    teacher_has_bias,
     student_factor, student_height, student_scale, student_relative, teacher_factor, teacher_height, temperature,
     kd_weight, ce_weight, first_param, second_param, total_g,
     TERMS: tl.constexpr, N_PARAMS: tl.constexpr, KNOWS_G: tl.constexpr, HAS_GRADIENT: tl.constexpr,
@@ -154,7 +165,8 @@ def dense_rows_kernel(
     nan = float("nan")
     if weight == 0:
         skip_row(
-            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_columns, HAS_GRADIENT, HAS_STATS, BLOCK
+            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_readable, HAS_GRADIENT, HAS_STATS,
+            BLOCK,
         )
     else:
         o_b = tl.arange(0, BLOCK)
@@ -166,9 +178,14 @@ def dense_rows_kernel(
         q_total, p_total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for block in range(0, n_blocks):
             o_v = block * BLOCK + o_b
-            mask = o_v < n_columns
-            z = load_logits(student_row, student_bias_ptr, student_has_bias, o_v, mask, student_factor, student_height)
-            y = load_logits(teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, mask, teacher_factor, teacher_height)
+            z = load_block(
+                student_row, student_bias_ptr, student_has_bias, o_v, n_columns, n_readable, student_factor,
+                student_height,
+            )
+            y = load_block(
+                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor,
+                teacher_height,
+            )
             q_peak, q_total = add_to_normaliser(z, q_peak, q_total)
             p_peak, p_total = add_to_normaliser(y, p_peak, p_total)
         q_max, q_sum = join_normaliser(q_peak, q_total)
@@ -196,8 +213,14 @@ def dense_rows_kernel(
             else:
                 o_v = (n_blocks - 1 - i) * BLOCK + o_b
             mask = o_v < n_columns
-            z = load_logits(student_row, student_bias_ptr, student_has_bias, o_v, mask, student_factor, student_height)
-            y = load_logits(teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, mask, teacher_factor, teacher_height)
+            z = load_block(
+                student_row, student_bias_ptr, student_has_bias, o_v, n_columns, n_readable, student_factor,
+                student_height,
+            )
+            y = load_block(
+                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor,
+                teacher_height,
+            )
             logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
             f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
             f_lanes += fold(tl.where(mask, f, 0.0))
@@ -214,7 +237,8 @@ def dense_rows_kernel(
                 slot = tl.where(kd_weight != 0, (g - q * total_g) * kd, 0.0) + q * ce - tl.where(o_v == label, ce, 0.0)
                 slot = slot * slope_of(z, student_scale, student_relative, student_height) * weight
                 tl.debug_barrier()
-                tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=mask)
+                slot = tl.where(mask, slot, 0.0).to(gradient_ptr.dtype.element_ty)
+                tl.store(gradient_row + o_v, slot, mask=o_v < n_readable)
         divergence, sum_g = tl.sum(f_lanes, 0), tl.sum(g_lanes, 0)
         untempered_total = q_sum
         if temperature != 1.0:
@@ -238,8 +262,14 @@ def dense_rows_kernel(
             for block in range(0, n_blocks):
                 o_v = block * BLOCK + o_b
                 mask = o_v < n_columns
-                z = load_logits(student_row, student_bias_ptr, student_has_bias, o_v, mask, student_factor, student_height)
-                y = load_logits(teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, mask, teacher_factor, teacher_height)
+                z = load_block(
+                    student_row, student_bias_ptr, student_has_bias, o_v, n_columns, n_readable, student_factor,
+                    student_height,
+                )
+                y = load_block(
+                    teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor,
+                    teacher_height,
+                )
                 logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
                 f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
                 q = tl.exp(logq)
@@ -247,10 +277,11 @@ def dense_rows_kernel(
                 slot += ce_share_of(z, q, q_max, temperature, ce, untempered_total) - tl.where(o_v == label, ce, 0.0)
                 slot = slot * slope_of(z, student_scale, student_relative, student_height) * weight
                 tl.debug_barrier()  # a narrower gradient takes the place of logits that other lanes have yet to read
-                tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=mask)
+                slot = tl.where(mask, slot, 0.0).to(gradient_ptr.dtype.element_ty)
+                tl.store(gradient_row + o_v, slot, mask=o_v < n_readable)
 
 
-@triton.jit(do_not_specialize=["has_labels", "has_bias", "has_tail", "has_importance", "treatment"])
+@triton.jit(do_not_specialize=["n_columns", "has_labels", "has_bias", "has_tail", "has_importance", "treatment"])
 def sparse_rows_kernel(
     student_ptr,  # [C, V] fp32, overwritten
     gradient_ptr,  # [C, V], any float dtype; may begin where student_ptr does
@@ -267,7 +298,7 @@ def sparse_rows_kernel(
     loss_ptr,  # [C] fp64
     stats_ptr,  # [C, 11] fp64
     status_ptr,  # [C] int32
-    student_stride, gradient_stride, n_columns, has_labels, has_bias, has_tail, has_importance, treatment,
+    student_stride, gradient_stride, n_columns, n_readable, has_labels, has_bias, has_tail, has_importance, treatment,
     factor, height, scale, relative, temperature, kd_weight, ce_weight, first_param, second_param,
     TERMS: tl.constexpr, N_PARAMS: tl.constexpr, HAS_GRADIENT: tl.constexpr, HAS_STATS: tl.constexpr,
     BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
@@ -281,7 +312,8 @@ def sparse_rows_kernel(
     nan = float("nan")
     if weight == 0:
         skip_row(
-            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_columns, HAS_GRADIENT, HAS_STATS, BLOCK
+            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_readable, HAS_GRADIENT, HAS_STATS,
+            BLOCK,
         )
     else:
         o_b, o_e = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
@@ -317,7 +349,8 @@ def sparse_rows_kernel(
             o_k = begin + o_e
             ids = tl.load(ids_ptr + o_k, mask=o_k < last, other=0)
             inside = (o_k < last) & (ids >= 0) & (ids < n_columns)
-            tl.store(student_row + ids, tl.full([ENTRIES], KEPT, tl.float32), mask=inside)
+            taken = tl.full([ENTRIES], KEPT, tl.int32).to(tl.float32, bitcast=True)
+            tl.store(student_row + ids, taken, mask=inside)
         tl.debug_barrier()
         status |= tl.where(tl.sum(outside + repeated, 0) > 0, BAD_IDS, 0)
 
@@ -325,9 +358,7 @@ def sparse_rows_kernel(
         peak, total = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
         for block in range(0, tl.cdiv(n_columns, BLOCK)):
             o_v = block * BLOCK + o_b
-            raw = tl.load(student_row + o_v, mask=o_v < n_columns, other=KEPT)
-            z = load_logits(student_row, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
-            z = tl.where(raw == KEPT, -float("inf"), z)
+            z, _ = load_tail(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
             peak, total = add_to_normaliser(z, peak, total)
         tail_max, tail_sum = join_normaliser(peak, total)
         kept_peak, kept_total = tl.full([ENTRIES], LOWEST, tl.float32), tl.zeros([ENTRIES], tl.float32)
@@ -387,9 +418,8 @@ def sparse_rows_kernel(
             lanes = tl.zeros([BLOCK // 4], tl.float32)
             for block in range(0, tl.cdiv(n_columns, BLOCK)):
                 o_v = block * BLOCK + o_b
-                raw = tl.load(student_row + o_v, mask=o_v < n_columns, other=KEPT)
-                z = load_logits(student_row, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
-                lanes += fold(tl.where(raw == KEPT, 0.0, tl.exp((z - q_max) * temperature)))
+                z, _ = load_tail(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+                lanes += fold(tl.exp((z - q_max) * temperature))
             kept_lanes = tl.zeros([ENTRIES], tl.float32)
             for begin in range(first, last, ENTRIES):
                 o_k = begin + o_e
@@ -412,10 +442,7 @@ def sparse_rows_kernel(
         if HAS_GRADIENT or HAS_STATS:
             for block in range(0, tl.cdiv(n_columns, BLOCK)):
                 o_v = block * BLOCK + o_b
-                mask = o_v < n_columns
-                raw = tl.load(student_row + o_v, mask=mask, other=KEPT)
-                z = load_logits(student_row, bias_ptr, has_bias, o_v, mask, factor, height)
-                z = tl.where(raw == KEPT, -float("inf"), z)
+                z, was_kept = load_tail(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
                 logq = (z - q_max) - q_log_sum
                 q = tl.exp(logq)
                 if HAS_STATS:
@@ -427,7 +454,8 @@ def sparse_rows_kernel(
                     # A narrower gradient takes the place of logits that other lanes have yet to read. Under a softcap the
                     # slope of what was taken out is not finite; its gradient is written below.
                     tl.debug_barrier()
-                    tl.store(gradient_row + o_v, tl.where(raw == KEPT, 0.0, slot).to(gradient_ptr.dtype.element_ty), mask=mask)
+                    slot = tl.where(was_kept | (o_v >= n_columns), 0.0, slot).to(gradient_ptr.dtype.element_ty)
+                    tl.store(gradient_row + o_v, slot, mask=o_v < n_readable)
             tl.debug_barrier()
 
         kept_q_log_q, kept_p_log_p = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.float32)

@@ -17,7 +17,7 @@ from kd_kernels.loss.plan import unpack
 from kd_kernels.sampling.arguments import Place, Warp
 from kd_kernels.sampling.reference import Request, RowSamples
 
-IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl"}
+IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
 """By backend, the module with its ``sample_rows``; imported when the backend first runs."""
 
 INVERSE_RANGE = (2.0**-126, 3.4028234663852886e38)
@@ -96,6 +96,7 @@ def _sample(
             call.max_scratch_bytes, device,
         )
         rows.open(min(step, max(count, 1)))
+        is_fused = call.backend == "triton" and rows_of.fuses(rows, min(step, count))
         is_valid = functools.reduce(torch.logical_and, [valid for _, valid, _ in values.values()])
         inverse = torch.where(is_valid, inverse_temperature(temperature, dtype), torch.nan)
         request = (seeds, keys, positions, inverse, top_k, top_p, min_p, given)
@@ -103,7 +104,10 @@ def _sample(
             here = slice(begin, min(begin + step, count))
             part = (None if x is None else x[here].contiguous() for x in request)
             chunk_out = RowSamples(*(None if x is None else x[here] for x in out))
-            rows_of.sample_rows(rows.chunk(here.start, here.stop), Request(*part, call.race), chunk_out)
+            if is_fused:
+                rows_of.sample_head(rows, here.start, here.stop, Request(*part, call.race), chunk_out)
+            else:
+                rows_of.sample_rows(rows.chunk(here.start, here.stop), Request(*part, call.race), chunk_out)
         if call.check == "raise":
             _check_rows(call, out.ids, values, noun, picked, dtype, autocast)
     return [x for x in out if x is not None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels.products import RawRows
-from kd_kernels.row_launch import row_launch
+from kd_kernels.row_launch import readable_columns, row_launch
 from kd_kernels.stats.reference import RowStats
 from kd_kernels.stats.triton_kernels import token_stats_kernel
 
@@ -25,5 +25,6 @@ def stat_rows(rows: RawRows, ids: Tensor, out: RowStats) -> None:
     if count:
         token_stats_kernel[(count,)](
             rows.raw, out.lse if rows.bias is None else rows.bias, ids, *out, rows.raw.stride(0), columns,
-            int(rows.bias is not None), *rows.factor_and_height(), BLOCK=launch.block, num_warps=launch.num_warps,
+            readable_columns(rows.raw), int(rows.bias is not None), *rows.factor_and_height(),
+            BLOCK=launch.block, num_warps=launch.num_warps,
         )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kd_kernels.triton_rows import LOWEST, join_argmax, load_logits
+from kd_kernels.triton_rows import LOWEST, join_argmax, load_block, load_logits
 
 
 @triton.jit
@@ -15,8 +15,8 @@ def add_to_entropy(z, peak, total, weighted):
     higher = tl.maximum(peak, z)
     fall, gap = peak - higher, z - higher
     shrink, share = tl.exp(fall), tl.exp(gap)
-    # Before the first logit, the fall is that from LOWEST; and the share of a logit of -inf times its gap would be NaN.
-    weighted = shrink * (weighted + tl.where(total > 0, fall * total, 0.0)) + tl.where(gap > -1e30, share * gap, 0.0)
+    # What fell so far has no share left, and the share of a logit of -inf has none: 0 times -inf would be NaN.
+    weighted = shrink * (weighted + tl.where(fall > -1e30, fall * total, 0.0)) + tl.where(gap > -1e30, share * gap, 0.0)
     return higher, total * shrink + share, weighted
 
 
@@ -24,13 +24,13 @@ def add_to_entropy(z, peak, total, weighted):
 def join_entropy(peak, total, weighted):
     """Over the lanes: the row's maximum and its two sums, NaN where a logit was NaN or +inf."""
     top = tl.max(peak, 0)
-    fall = tl.where(total > 0, peak - top, 0.0)
+    fall = tl.maximum(peak - top, -1e30)  # a lane without a logit, or without one that counts
     shrink = tl.exp(fall)
     return top, tl.sum(total * shrink, 0), tl.sum((weighted + fall * total) * shrink, 0)
 
 
 # A flag is compared at run time, by a branch that all lanes take: one kernel serves both.
-@triton.jit(do_not_specialize=["has_bias"])
+@triton.jit(do_not_specialize=["n_columns", "has_bias"])
 def token_stats_kernel(
     raw_ptr,  # [C, V], any float dtype
     bias_ptr,  # [V] fp32
@@ -41,7 +41,7 @@ def token_stats_kernel(
     max_ptr,  # [C] fp32
     argmax_ptr,  # [C] int64
     rank_ptr,  # [C] int64
-    raw_stride, n_columns, has_bias, factor, height, BLOCK: tl.constexpr,
+    raw_stride, n_columns, n_readable, has_bias, factor, height, BLOCK: tl.constexpr,
 ):
     """Normaliser, entropy, maximum, and the place of one id. Moves C V s bytes, s those of a logit, and 40 C.
 
@@ -59,12 +59,12 @@ def token_stats_kernel(
     before = tl.zeros([BLOCK], tl.int32)
     for block in range(0, tl.cdiv(n_columns, BLOCK)):
         o_v = block * BLOCK + o_b
-        z = load_logits(raw_row, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
+        z = load_block(raw_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
         before += ((z > z_id) | ((z == z_id) & (o_v < token))).to(tl.int32)
-        best_id = tl.where(z > peak, o_v, best_id)
+        best_id = tl.where((z > peak) | (total == 0), o_v, best_id)
         peak, total, weighted = add_to_entropy(z, peak, total, weighted)
 
-    argmax = join_argmax(peak, best_id)
+    argmax = join_argmax(tl.where(total > 0, peak, -float("inf")), best_id)
     top, row_sum, row_weighted = join_entropy(peak, total, weighted)
     log_sum = tl.log(row_sum)
     is_whole = (row_sum > 0) & (row_sum < float("inf"))

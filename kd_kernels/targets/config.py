@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_kernels.row_launch import max_registers
+
 MAX_ROWS = 1024
 MIN_COLUMNS, MAX_COLUMNS = 2048, 16_384
 LOGITS = 1 << 20
@@ -44,6 +46,13 @@ class Launch:
     block: int
     num_warps: int
     tile: int = 0
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the launch."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, **limit}
 
 
 def group_columns(vocab: int, k: int) -> int:
@@ -70,7 +79,7 @@ def select_launch(candidates: int, warp_size: int) -> Launch:
     while tile < min(candidates, MAX_TILE):
         tile *= 2
     lanes = max(64, min(tile // 8, 512))
-    return Launch(min(tile, 4 * lanes), max(1, lanes // warp_size), tile)
+    return Launch(min(tile, 4 * lanes), max(1, lanes // warp_size), tile, max_registers(lanes, warp_size))
 
 
 def write_launch(k: int, warp_size: int) -> Launch:
@@ -78,4 +87,4 @@ def write_launch(k: int, warp_size: int) -> Launch:
     block = 128
     while block < min(k, 1024):
         block *= 2
-    return Launch(block, max(1, block // (4 * warp_size)))
+    return Launch(block, max(1, block // (4 * warp_size)), 0, max_registers(block // 4, warp_size))

@@ -100,23 +100,24 @@ def _truncate(
     launch = config.group_launch(columns, warp_size)
     n_blocks = -(-n_groups * group // launch.block)
     group_kernel[(count * n_blocks,)](
-        raw, bias, inverses, scratch.maxima, scratch.sums, raw.stride(0), columns, n_groups, n_further, n_blocks,
-        has_bias, factor, height, BLOCK=launch.block, GROUP=group, num_warps=launch.num_warps,
+        raw, bias, inverses, scratch.maxima, scratch.sums, raw.stride(0), columns, row_launch.readable_columns(raw),
+        n_groups, n_further, n_blocks, has_bias, factor, height,
+        BLOCK=launch.block, GROUP=group, num_warps=launch.num_warps,
     )
     launch = config.select_launch(n_groups, warp_size)
     select_groups_kernel[(count,)](
         scratch.maxima, scratch.sums, inverses, scratch.groups, scratch.state, result.log_z, n_groups, n_further,
-        n_selected, TILE=launch.tile, BLOCK=launch.block, num_warps=launch.num_warps,
+        n_selected, TILE=launch.tile, BLOCK=launch.block, **launch.options,
     )
     launch = config.select_launch(n_selected * group, warp_size)
     select_logits_kernel[(count,)](
         raw, bias, scratch.groups, scratch.state, scratch.columns, scratch.values, raw.stride(0), columns, n_selected,
-        k, has_bias, factor, height, GROUP=group, TILE=launch.tile, BLOCK=launch.block, num_warps=launch.num_warps,
+        k, has_bias, factor, height, GROUP=group, TILE=launch.tile, BLOCK=launch.block, **launch.options,
     )
     # Candidates come by rising id: a stable sort leaves equal ones in that order.
     values, places = scratch.values.sort(dim=1, descending=True, stable=True)
     launch = config.write_launch(k, warp_size)
     write_targets_kernel[(count,)](
         values, places, scratch.columns, scratch.state, result.counts, result.ids, result.logprobs, result.tail_logprob,
-        k, mass, BLOCK=launch.block, num_warps=launch.num_warps,
+        k, mass, BLOCK=launch.block, **launch.options,
     )

@@ -10,31 +10,27 @@ sum: nothing is ever taken away from a sum, so the tail keeps all its digits how
 import triton
 import triton.language as tl
 
-from kd_kernels.triton_rows import LOWEST, load_logits
+from kd_kernels.triton_rows import (
+    LARGEST_KEY, LEAST_KEY, LOWEST, finite_or_zero, keys_of, load_block, load_candidates,
+)
 
 INFINITE = tl.constexpr(-1)
 NOT_A_NUMBER = tl.constexpr(-2)
 # Instead of a number of entries, as in truncated.py.
-
-LEAST_KEY = tl.constexpr(-2147483648)
-LARGEST_KEY = tl.constexpr(2147483647)
-
-BEYOND = tl.constexpr(1 << 21)
-"""A group that no vocabulary has: of 16 columns or more each, they end at 2^24."""
 
 N_STATE = tl.constexpr(6)
 # A row's state: its maximum M and sum of exp(z - M); then peak and sum, relative to M, of the groups that were left
 # out, and of the candidates that were.
 
 
-@triton.jit(do_not_specialize=["n_further", "n_blocks", "has_bias"])
+@triton.jit(do_not_specialize=["n_columns", "n_further", "n_blocks", "has_bias"])
 def group_kernel(
     raw_ptr,  # [C, V], any float dtype
     bias_ptr,  # [V] fp32
     inverses_ptr,  # [T] fp32: 1 / temperature, of those beyond 1
     maxima_ptr,  # [C, G] fp32
     sums_ptr,  # [C, 1 + T, G] fp32
-    stride, n_columns, n_groups, n_further, n_blocks, has_bias, factor, height,
+    stride, n_columns, n_readable, n_groups, n_further, n_blocks, has_bias, factor, height,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):
     """Maximum m of every group, and its sums of ``exp((z - m) / temperature)``. Moves V (s + 4 (2 + T) / S) bytes a
@@ -44,7 +40,7 @@ def group_kernel(
     first = tl.program_id(0) % n_blocks * (BLOCK // GROUP)
     o_g = first + tl.arange(0, BLOCK // GROUP)
     o_v = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    z = load_logits(raw_ptr + row * stride, bias_ptr, has_bias, o_v, o_v < n_columns, factor, height)
+    z = load_block(raw_ptr + row * stride, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
     maximum = tl.max(z, 1)
     below = z - finite_or_zero(maximum)[:, None]
     tl.store(maxima_ptr + row * n_groups + o_g, maximum, mask=o_g < n_groups)
@@ -53,34 +49,6 @@ def group_kernel(
     for t in range(0, n_further):
         tempered = tl.sum(tl.exp(below * tl.load(inverses_ptr + t)), 1)
         tl.store(sums_row + (t + 1) * n_groups + o_g, tempered, mask=o_g < n_groups)
-
-
-@triton.jit
-def finite_or_zero(maximum):
-    """A number to subtract: -inf, the maximum where everything is masked, would leave NaN."""
-    return tl.where(maximum == -float("inf"), 0.0, maximum)
-
-
-@triton.jit
-def load_candidates(
-    row_ptr, bias_ptr, has_bias, parents_ptr, o_n, n, n_columns, factor, height, GROUP: tl.constexpr,
-):
-    """Candidates ``o_n``, the columns that they are, and which of them exist. With GROUP 0, they are the row's first n
-    columns; else the members of the groups that ``parents_ptr`` lists."""
-    if GROUP == 0:
-        columns, mask = o_n, o_n < n
-    else:
-        columns = tl.load(parents_ptr + o_n // GROUP, mask=o_n < n, other=BEYOND) * GROUP + o_n % GROUP
-        mask = columns < n_columns
-    return load_logits(row_ptr, bias_ptr, has_bias, columns, mask, factor, height), columns, mask
-
-
-@triton.jit
-def keys_of(z, mask):
-    """Integers that are ordered as the numbers are, zeros of both signs equal; where ``mask`` is false, below all that
-    exist."""
-    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
-    return tl.where(mask, tl.where(bits < 0, bits ^ LARGEST_KEY, bits), LEAST_KEY)
 
 
 @triton.jit

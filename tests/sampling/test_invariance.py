@@ -59,7 +59,6 @@ def test_backends_agree(arguments: dict) -> None:
         torch.testing.assert_close(getattr(ours, field), getattr(reference, field), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_every_noun_and_layout(backend: str) -> None:
     z, at = logits(5)[:, :300], place()
     expected = sample(z, **at, backend=backend)
@@ -68,19 +67,19 @@ def test_every_noun_and_layout(backend: str) -> None:
     wide[:, ::2] = z
     for noun in (
         LinearLogits(hidden, weight, valid_vocab=300), wide[:, ::2], EnsembleLogits((z, z)),
-        LinearLogits(hidden, (z - 1).T, torch.ones(300)), LinearLogits(hidden, z.T / 2, scale=2.0), z.double(),
+        LinearLogits(hidden, (z - 1).T, torch.ones(300)), LinearLogits(hidden, z.T / 2, scale=2.0),
     ):
         assert torch.equal(sample(noun, **at, backend=backend).ids, expected.ids)
     shaped = {name: x.view(4, 6) for name, x in at.items()}
     assert torch.equal(sample(z.view(4, 6, 300), **shaped, backend=backend).ids, expected.ids.view(4, 6))
+    assert torch.equal(sample(z.double(), **at, backend=backend).ids, expected.ids)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_edges(backend: str) -> None:
     empty = sample(torch.zeros(0, 5), seed=0, return_stats=True, backend=backend)
     assert empty.ids.shape == (0,) and empty.entropy.shape == (0,)
     assert sample(torch.zeros(3, 1), seed=0, backend=backend).ids.tolist() == [0, 0, 0]
-    z = logits(2)[:3]
+    z = logits(2)[:3, :2000]
     assert torch.equal(sample(z, seed=0, temperature=0.0, backend=backend).ids, z.argmax(1))
     assert torch.equal(sample(z, seed=0, top_p=0.0, backend=backend).ids, z.argmax(1))
     plain = sample(z, seed=0, backend=backend)
@@ -88,7 +87,6 @@ def test_edges(backend: str) -> None:
         assert_equal(plain, sample(z, seed=0, **off, backend=backend))
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize(("fault", "name"), [(torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "-inf at every id")])
 @pytest.mark.parametrize("column", [0, 200, 299])
 def test_rows_that_are_no_distribution(backend: str, fault: float, name: str, column: int) -> None:

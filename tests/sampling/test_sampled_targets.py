@@ -15,13 +15,19 @@ from torch import Tensor
 
 import oracles
 from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, kd_loss, sampled_targets, testing, topk_targets
-from kd_kernels.sampling import philox, reference
+from kd_kernels.sampling import philox, reference, targets
 from kd_kernels.testing import assert_as_good
 from test_distribution import g_test
 
 DRAWS = (Path(philox.__file__).parent / "DRAWS.md").read_text()
 ROW = (torch.arange(300) * 37 % 101).float() / 8
 """The row of the page's vectors."""
+
+
+@pytest.fixture(params=targets.BUILT)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backends that sampled_targets has so far."""
+    return request.param
 
 
 def signed(digits: str) -> int:

@@ -1,0 +1,56 @@
+"""Launch numbers of the Triton kernels. They change the speed and no draw. Not yet measured on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEMBERS = 2048
+"""Logits of listed groups that a filter looks at together: 8 a lane."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``block`` elements at a time by ``num_warps`` warps."""
+
+    block: int
+    num_warps: int
+
+
+def group_launch(vocab: int, warp_size: int) -> Launch:
+    """For the kernel that reads the logits: 16 of them a lane, which are four loads of 16 bytes in flight in fp32."""
+    block = 512
+    while block < min(vocab, 4096):
+        block *= 2
+    return Launch(block, max(1, block // (16 * warp_size)))
+
+
+def race_launch(n_groups: int, warp_size: int) -> Launch:
+    """For kernels that walk the groups of a row: two a lane, of up to 128 lanes (with four, ptxas spills on sm_100)."""
+    block = 64
+    while block < min(n_groups, 256):
+        block *= 2
+    return Launch(block, max(1, block // (2 * warp_size)))
+
+
+MAX_FUSED_ROWS = 64
+"""Up to so many rows, the head's product and the summaries of the groups are one kernel, which reads the weights once.
+Beyond, the product is bound by arithmetic, and cuBLAS has the tuning for that."""
+
+
+@dataclass(frozen=True)
+class FusedLaunch:
+    """A program has a group of 128 ids and ``rows`` rows, and goes through the hidden size in steps of ``depth``;
+    ``num_stages`` of them are loaded ahead: 48 KB of weights."""
+
+    rows: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def fused_launch(rows: int, warp_size: int) -> FusedLaunch:
+    """For so many rows, at least the 16 that a matrix unit takes."""
+    taken = 16
+    while taken < rows:
+        taken *= 2
+    return FusedLaunch(taken, 64, 256 // warp_size, 3)

@@ -1,0 +1,133 @@
+"""Draws in Triton (``triton_kernels.py``), for CUDA and ROCm. Same contract as ``reference.py``.
+
+Nothing here reads from the device. A row that is no distribution gets the id -1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd_kernels import row_launch
+from kd_kernels.products import LinearSource, RawRows, Source
+from kd_kernels.sampling import config
+from kd_kernels.sampling.philox import GROUP
+from kd_kernels.sampling.reference import Request, RowSamples
+from kd_kernels.sampling.triton_kernels import (
+    N_BOUNDS, draw_kernel, filter_kernel, group_sums_kernel, head_groups_kernel,
+)
+
+NATIVE = True
+
+ALIGNMENT = 16
+"""Groups are counted in multiples of it: Triton then knows that four of them are one load."""
+
+UNFUSED = {"enable_fp_fusion": False}
+"""For the compiler: what the contract rounds is rounded."""
+
+SUMMARIES = 6
+"""Numbers of 4 bytes that a group has: maximum, three sums, and with filters another maximum and a place in a list."""
+
+
+def groups_of(columns: int) -> int:
+    """Groups of a row, with the empty ones that round their number up."""
+    return -(-columns // (GROUP * ALIGNMENT)) * ALIGNMENT
+
+
+def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Summaries of the groups, 3 percent of the logits in fp32, and what the filters leave."""
+    return 4 * (SUMMARIES * groups_of(columns) + N_BOUNDS.value), 0
+
+
+class Summaries(NamedTuple):
+    """Of the groups of C rows, fp32 ``[C, G]``; see ``triton_kernels.store_groups``."""
+
+    maxima: Tensor
+    sums: Tensor
+    race_sums: Tensor
+    weighted: Tensor
+
+
+def _summaries(raw: Tensor) -> Summaries:
+    count, columns = raw.shape
+    return Summaries(*torch.empty(4, count, groups_of(columns), dtype=torch.float32, device=raw.device))
+
+
+def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
+    """Draws and scores a chunk. Bytes: see the kernels."""
+    raw, groups = rows.raw, _summaries(rows.raw)
+    count, n_groups = groups.maxima.shape
+    if count == 0:
+        return
+    launch = config.group_launch(raw.shape[1], row_launch.lanes_per_warp())
+    n_blocks = -(-n_groups * GROUP // launch.block)
+    group_sums_kernel[(count * n_blocks,)](
+        raw, _or(rows.bias, groups.maxima), request.inverse, *groups, raw.stride(0), raw.shape[1],
+        row_launch.readable_columns(raw), n_groups, n_blocks, int(rows.bias is not None), *rows.factor_and_height(),
+        STATS=out.lse is not None, BLOCK=launch.block, num_warps=launch.num_warps, **UNFUSED,
+    )
+    _draw(rows, groups, request, out)
+
+
+def fuses(source: Source, count: int) -> bool:
+    """Whether :func:`sample_head` takes chunks of so many rows: few, and of a head in half precision."""
+    if not isinstance(source, LinearSource) or count > config.MAX_FUSED_ROWS:
+        return False
+    dtype, hidden = source.head.weight.dtype, source.linear.hidden
+    is_half = dtype in (torch.bfloat16, torch.float16) and (source.head.autocast or hidden.dtype) == dtype
+    return is_half and source.head.weight.stride(1) == 1 and source.head.precision == "float32"
+
+
+def sample_head(source: LinearSource, begin: int, end: int, request: Request, out: RowSamples) -> None:
+    """The same for rows ``begin`` to ``end`` of a head, product and all: the weights are read once."""
+    hidden, weight = source.hidden(begin, end).contiguous(), source.head.weight
+    products = source.scratch[: end - begin, : source.columns]
+    rows = RawRows(products, source.bias, source.linear.scale, source.linear.softcap)
+    groups, launch = _summaries(rows.raw), config.fused_launch(end - begin, row_launch.lanes_per_warp())
+    head_groups_kernel[(groups.maxima.shape[1],)](
+        hidden, weight, rows.raw, _or(rows.bias, groups.maxima), request.inverse, *groups, hidden.stride(0),
+        weight.stride(0), rows.raw.stride(0), end - begin, source.columns, hidden.shape[1], groups.maxima.shape[1],
+        int(rows.bias is not None), *rows.factor_and_height(), STATS=out.lse is not None, ROWS=launch.rows,
+        DEPTH=launch.depth, num_warps=launch.num_warps, num_stages=launch.num_stages, **UNFUSED,
+    )
+    _draw(rows, groups, request, out)
+
+
+def _draw(rows: RawRows, groups: Summaries, request: Request, out: RowSamples) -> None:
+    raw, warp_size = rows.raw, row_launch.lanes_per_warp()
+    maxima, sums, race_sums, weighted = groups
+    (count, n_groups), columns = maxima.shape, raw.shape[1]
+    bias, has_bias, wants_stats = _or(rows.bias, maxima), int(rows.bias is not None), out.lse is not None
+    logits_map = rows.factor_and_height()
+    # What a kernel is told not to follow still has the type of what it might: branches are compiled either way.
+    no_ids, no_numbers = request.seeds, request.seeds.view(torch.float64)
+    launch = config.race_launch(n_groups, warp_size)
+    filters = (request.top_k, request.top_p, request.min_p)
+    has_top_k, has_top_p, has_min_p = (int(x is not None) for x in filters)
+    is_filtered = any((has_top_k, has_top_p, has_min_p))
+    race_maxima, bounds = maxima, request.seeds.view(torch.int32)
+    if is_filtered:
+        race_maxima, listed = torch.empty_like(maxima), torch.empty_like(maxima, dtype=torch.int32)
+        bounds = torch.empty(count, N_BOUNDS.value, dtype=torch.int32, device=raw.device)
+        filter_kernel[(count,)](
+            raw, bias, request.inverse, _or(request.top_k, no_ids), _or(request.top_p, no_numbers),
+            _or(request.min_p, no_numbers), maxima, race_maxima, race_sums, listed, bounds, raw.stride(0), columns,
+            n_groups, has_bias, has_top_k, has_top_p, has_min_p, *logits_map,
+            BLOCK=launch.block, MEMBERS=config.MEMBERS, num_warps=config.MEMBERS // (8 * warp_size),
+            **UNFUSED,
+        )
+    draw_kernel[(count,)](
+        raw, bias, request.seeds, request.keys, request.positions, request.inverse, _or(request.given, no_ids),
+        _or(request.min_p, no_numbers), maxima, sums, weighted, race_maxima, race_sums, bounds,
+        out.ids, out.logprobs, out.model_logprobs, _or(out.entropy, maxima), _or(out.lse, maxima),
+        raw.stride(0), columns, n_groups, request.race, has_bias, int(request.given is not None), has_min_p,
+        *logits_map, FILTERED=is_filtered, STATS=wants_stats, BLOCK=launch.block, num_warps=launch.num_warps,
+        **UNFUSED,
+    )
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    """``x``, or some memory, not to be read."""
+    return other if x is None else x
