@@ -12,6 +12,7 @@ from kd_trainer import bench_cli
 from kd_trainer.caching import cli as caching_cli
 from kd_trainer.data_cli import DTYPES, add_data_arguments, data_config
 from kd_trainer.diagnostics import cli as diagnostics_cli
+from kd_trainer.study import cli as study_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench_cli.add_parser(commands)
+    study_cli.add_parser(commands)
     return parser
 
 

@@ -23,17 +23,17 @@ def plot_run(metrics: Path, png: Path) -> None:
     """Losses, gradient norm and learning rate of one run over its steps."""
     columns = read_metrics(metrics)
     names = [name for name in LABELS if name in columns]
-    figure, axes = _figure(len(names))
+    figure, axes = figure_of(len(names))
     for axis, name in zip(axes, names):
         axis.plot(columns["step"], columns[name], color=BLUE, linewidth=1.5)
         axis.set_xlabel("step")
         axis.set_title(LABELS[name], loc="left", fontsize=10)
-    _save(figure, png)
+    save_figure(figure, png)
 
 
 def plot_comparison(runs: Mapping[str, Path], result: Mapping[str, object], png: Path) -> None:
     """Next-token loss of several runs over their steps, and where their students ended, seen from the teacher."""
-    figure, (curves, kl, agreement) = _figure(3)
+    figure, (curves, kl, agreement) = figure_of(3)
     colours = dict(zip(runs, (ORANGE, BLUE, GREEN)))
     for name, metrics in runs.items():
         columns = read_metrics(metrics)
@@ -53,16 +53,17 @@ def plot_comparison(runs: Mapping[str, Path], result: Mapping[str, object], png:
         axis.bar_label(bars, [form.format(values[key]) for values in students.values()], padding=2)
         axis.set_title(label, loc="left", fontsize=10)
         axis.margins(y=0.12)
-    _save(figure, png)
+    save_figure(figure, png)
 
 
-def _figure(panels: int):
+def figure_of(panels: int, height: float = 3.4):
+    """A figure of panels beside each other, and their axes; saved by :func:`save_figure`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, panels, figsize=(4.2 * panels, 3.4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, panels, figsize=(4.2 * panels, height), layout="constrained", squeeze=False)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e0e0e0", linewidth=0.6)
@@ -70,7 +71,8 @@ def _figure(panels: int):
     return figure, axes[0]
 
 
-def _save(figure, png: Path) -> None:
+def save_figure(figure, png: Path) -> None:
+    """Write a figure and forget it."""
     from matplotlib import pyplot
 
     png.parent.mkdir(parents=True, exist_ok=True)

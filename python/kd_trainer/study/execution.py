@@ -34,10 +34,11 @@ class Table:
 
     def __init__(self, columns: Sequence[str], queries: Sequence[Query], databases: Iterable[Sequence[Row]]) -> None:
         numeric = numeric_columns(queries)
-        kinds = ", ".join(f'"{name}" {"NUMERIC" if name in numeric else "TEXT COLLATE NOCASE"}' for name in columns)
+        kinds = ", ".join(f'"{name}" {"NUMERIC" if name in numeric else "TEXT COLLATE ANY_CASE"}' for name in columns)
         self._connections = []
         for rows in databases:
             connection = sqlite3.connect(":memory:")
+            connection.create_collation("ANY_CASE", _compare)  # SQLite's own NOCASE knows ASCII alone
             connection.execute(f"CREATE TABLE t ({kinds})")
             connection.executemany(f"INSERT INTO t VALUES ({', '.join('?' * len(columns))})", rows)
             connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
@@ -71,6 +72,11 @@ def execute(connection: sqlite3.Connection, sql: str) -> list[tuple] | None:
         connection.set_progress_handler(None, 0)
     plain = [tuple(value.lower() if isinstance(value, str) else value for value in row) for row in rows]
     return sorted(plain, key=repr)
+
+
+def _compare(one: str, other: str) -> int:
+    one, other = one.lower(), other.lower()
+    return (one > other) - (one < other)
 
 
 # ------------------------------------------------------------------------------------------------------ seeded rows

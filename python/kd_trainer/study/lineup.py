@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,10 +49,7 @@ def config_of(stages: Stages, name: str, seed: int) -> Config:
     tree: dict[str, Any] = {
         "out": str(stages.out / "runs" / f"{name}-{seed}"), "method": entry.method, "seed": seed,
         "student": {"model": str(stages.start_model)},
-        "data": {
-            "source": str(stages.data("train").source), "max_length": size.max_length, "append_eos": True,
-            "limit": size.method_questions,
-        },
+        "data": dataclasses.asdict(stages.data("train", size.method_questions)),
         "optim": {"lr": size.lr},
         "rollout": {"max_new_tokens": size.max_new_tokens},
         "train": {

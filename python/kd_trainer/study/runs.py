@@ -9,42 +9,104 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from kd_trainer.data import load_documents
+from kd_trainer.data import tokenize
 from kd_trainer.diagnostics.exposure import excess_error
 from kd_trainer.errors import fail
 from kd_trainer.evaluate import evaluate
 from kd_trainer.files import new_file
 from kd_trainer.models import CausalLM, load_pretrained, load_tokenizer, vocab_of
 from kd_trainer.plot import read_metrics
-from kd_trainer.rollout import Options, Sampling
-from kd_trainer.study.lineup import config_of
+from kd_trainer.records import Text
+from kd_trainer.rollout import Options
+from kd_trainer.study.lineup import ENTRIES, config_of
 from kd_trainer.study.peak import peak_memory
 from kd_trainer.study.scoring import Judge, answers
 from kd_trainer.study.stages import Stages
 from kd_trainer.trainer import train
 
+BATCH = 50
+"""Answers that are written together."""
 
-class Bench:
+
+class Measure:
     """What all students of a study are measured with: the teacher, the dev questions, and a judge of answers."""
 
     def __init__(self, stages: Stages, judge: Judge) -> None:
-        self._size = size = stages.size
+        self._size, self._judge = stages.size, judge
         self._tokenizer = load_tokenizer(str(stages.teacher_model))
         self._vocab = vocab_of(self._tokenizer)
-        self.teacher = CausalLM(load_pretrained(str(stages.teacher_model), size.teacher_dtype), self._vocab)
-        self._documents = load_documents(stages.data("dev"), self._tokenizer, self._vocab)
-        self._judge = judge
+        self._teacher = self._load(stages.teacher_model, stages.size.teacher_dtype)
+        texts = [Text(question.completion, question.prompt) for question in judge.questions]
+        self._documents = tokenize(texts, self._tokenizer, stages.data("dev"))
+        self._few = self._documents[: stages.size.fidelity_questions]
+        self._ends = (self._tokenizer.eos_token_id,)
 
     def of_teacher(self) -> dict[str, float]:
-        return dataclasses.asdict(self._judge.score(self._answers(self.teacher)))
+        """Its accuracy."""
+        return self._accuracy(self._teacher)
 
     def of_student(self, folder: Path) -> dict[str, float]:
-        """Accuracy; the teacher's divergences on the gold texts; ExAccErr on the student's own against the teacher's."""
-        student = CausalLM(load_pretrained(str(folder)), self._vocab)
-        fidelity = evaluate(self.teacher, {"student": student}, self._documents)["models"]["student"]
-        return dataclasses.asdict(self._judge.score(self._answers(student))) | fidelity | self._exposure(student)
+        """Accuracy; divergences from the teacher on the gold texts; the error that the student's own texts add."""
+        student = self._load(folder)
+        fidelity = evaluate(self._teacher, {"student": student}, self._few)["models"]["student"]
+        options = Options(max_new_tokens=self._size.max_new_tokens, stop_ids=self._ends, batch_size=BATCH)
+        exposure = excess_error(self._teacher, student, self._few, options, seed=0)
+        return self._accuracy(student) | fidelity | {
+            "excess_error": exposure.excess, "excess_error_per_token": exposure.per_token,
+            "excess_error_standard_error": exposure.standard_error,
+        }
 
-    def _answers(self, model: CausalLM) -> list[str]:
-        return answers(model, self._tokenizer, self._documents, self._size.max_new_tokens)
+    def _load(self, folder: Path, dtype: str = "float32") -> CausalLM:
+        return CausalLM(load_pretrained(str(folder), dtype), self._vocab)
+
+    def _accuracy(self, model: CausalLM) -> dict[str, float]:
+        written = answers(model, self._tokenizer, self._documents, self._size.max_new_tokens, BATCH)
+        return dataclasses.asdict(self._judge.score(written))
+
+
+def run(stages: Stages, name: str, seed: int, measure: Callable[[], Measure]) -> dict[str, object]:
+    """The result of one method with one seed. The student is thrown away once it is measured."""
+
+    def trained_and_measured() -> dict[str, object]:
+        config = config_of(stages, name, seed)
+        began = time.process_time()
+        with peak_memory() as peak:
+            model = train(config)
+        seconds = time.process_time() - began
+        found = {"label": ENTRIES[name].label, "tokens_per_s": _speed(Path(config.out)), "cpu_seconds": seconds}
+        found |= {"peak_bytes": peak.bytes} | measure().of_student(model)
+        shutil.rmtree(model)
+        return found
+
+    return kept(stages, f"{name}-{seed}", {"method": name, "seed": seed}, trained_and_measured)
+
+
+def kept(
+    stages: Stages, name: str, identity: dict[str, object], make: Callable[[], dict[str, object]]
+) -> dict[str, object]:
+    """A result that is read where an earlier call left it, or made and written.
+
+    Raises:
+        ValueError: it is there, of a study of another size.
+    """
+    file = stages.out / "results" / f"{name}.json"
+    size = json.loads(json.dumps(dataclasses.asdict(stages.size)))  # tuples become lists, as in the file
+    if file.is_file():
+        found = json.loads(file.read_text())
+        differing = [key for key in size if found["size"].get(key) != size[key]]
+        if differing:
+            fail("study", differing[0], f"{found['size'].get(differing[0])} as in {file}", size[differing[0]], "choose another --out")
+        return found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = identity | make() | {"size": size}
+    with new_file(file) as handle:
+        json.dump(found, handle, indent=1)
+    return found
+
+
+def _speed(out: Path) -> float:
+    """Trained tokens (those of queries) a second, over all steps but the first."""
+    metrics = read_metrics(out / "metrics.jsonl")
+    tokens, rates = metrics["tokens"], metrics["tokens_per_s"]
+    skipped = 1 if len(tokens) > 1 else 0
+    return sum(tokens[skipped:]) / sum(n / rate for n, rate in list(zip(tokens, rates))[skipped:])

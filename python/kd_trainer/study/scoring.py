@@ -66,7 +66,7 @@ def _table(name: str, questions: Sequence[Question], databases: int) -> Table:
 
 def answers(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], max_new_tokens: int,
-    batch_size: int = 50,
+    batch_size: int,
 ) -> list[str]:
     """What a model answers to the prompts of documents, its likeliest token at every step, until the end token."""
     end = tokenizer.eos_token_id

@@ -29,9 +29,17 @@ class Stages:
     out: Path
     size: Size
 
-    def data(self, part: str) -> DataConfig:
+    @property
+    def teacher_model(self) -> Path:
+        return self.out / "teacher" / "model"
+
+    @property
+    def start_model(self) -> Path:
+        return self.out / "start" / "model"
+
+    def data(self, part: str, limit: int | None = None) -> DataConfig:
         """The questions of one part as the trainer reads them; a prompt is not learned."""
-        return DataConfig(source=str(self.out / f"{part}.jsonl"), max_length=self.size.max_length, append_eos=True)
+        return DataConfig(str(self.out / f"{part}.jsonl"), max_length=self.size.max_length, append_eos=True, limit=limit)
 
     def write_questions(self) -> list[Question]:
         """Write both files. Returns the questions of the dev part."""
@@ -46,7 +54,7 @@ class Stages:
                 if len(chosen) == count:
                     break
             if not chosen:
-                fail("study", "--max-length", "above the length of the questions", self.size.max_length)
+                fail("study", "max_length", "above the length of the questions", self.size.max_length)
             write_pairs(chosen, self.out / f"{part}.jsonl")
         return chosen
 
@@ -63,14 +71,14 @@ class Stages:
     def cache(self) -> Path:
         """The teacher's five likeliest tokens at every row of the training questions."""
         options = CacheOptions(k=FIRST_K, dtype=self.size.teacher_dtype)
-        build_cache(str(self.out / "teacher" / "model"), self.data("train"), self.out / "cache", options)
+        build_cache(str(self.teacher_model), self.data("train", self.size.method_questions), self.out / "cache", options)
         return self.out / "cache"
 
     def _fine_tuning(self, name: str, student: StudentConfig, steps: int, lr: float) -> Config:
         cut = student.layers is not None
         return Config(
             out=str(self.out / name), method="sft", student=student, data=self.data("train"), optim=OptimConfig(lr=lr),
-            teacher=TeacherConfig(model=str(self.out / "teacher" / "model") if cut else None),
+            teacher=TeacherConfig(model=str(self.teacher_model) if cut else None),
             train=TrainConfig(
                 steps=steps, batch_tokens=self.size.fine_tuning_tokens, precision=self.size.precision, save_every=50,
                 keep_checkpoints=1, tensorboard=False,

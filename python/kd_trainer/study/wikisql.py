@@ -18,6 +18,7 @@ from pathlib import Path
 
 from kd_trainer.data import datasets_records, is_saved_dataset
 from kd_trainer.errors import fail
+from kd_trainer.files import new_file
 from kd_trainer.study.sql import AGGREGATES, OPERATORS, Condition, Query, number, parse
 
 WHERE = "study"
@@ -140,4 +141,5 @@ def write_pairs(questions: Iterable[Question], file: Path) -> None:
     """Prompts and completions as the trainer reads them."""
     lines = [json.dumps({"prompt": q.prompt, "completion": q.completion}) + "\n" for q in questions]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(lines), encoding="utf-8")
+    with new_file(file) as handle:
+        handle.writelines(lines)
