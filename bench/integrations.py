@@ -148,6 +148,8 @@ def _step(trainer, inputs: dict[str, torch.Tensor]) -> Call:
     """One micro-batch, as the trainer runs it; its loss is divided by the tokens of this batch."""
     count = torch.tensor(inputs["input_ids"].numel() if "input_ids" in inputs else inputs["completion_ids"].numel())
 
+    trainer.current_gradient_accumulation_steps = 1  # which training sets
+
     def call() -> None:
         trainer.model.zero_grad()
         trainer.model.train()
