@@ -148,6 +148,8 @@ def _step(trainer, inputs: dict[str, torch.Tensor]) -> Call:
     """One micro-batch, as the trainer runs it; its loss is divided by the tokens of this batch."""
     count = torch.tensor(inputs["input_ids"].numel() if "input_ids" in inputs else inputs["completion_ids"].numel())
 
+    trainer.current_gradient_accumulation_steps = 1  # which training sets
+
     def call() -> None:
         trainer.model.zero_grad()
         trainer.model.train()
@@ -157,30 +159,15 @@ def _step(trainer, inputs: dict[str, torch.Tensor]) -> Call:
 
 
 def _hf() -> Sides:
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
+    from bench.dense_trainer import DenseKL
     from kd_trainer.integrations.hf import KDTrainer
 
-    class Theirs(Trainer):
-        """What people write for lack of better."""
+    def make(cls):
+        return lambda rows: _step(cls(_llama(0), _arguments(TrainingArguments), teacher=_llama(1)), _batch(rows))
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            labels = inputs.pop("labels")[:, 1:]
-            student = model(**inputs).logits[:, :-1].log_softmax(-1)
-            with torch.no_grad():
-                teacher = self.teacher(**inputs).logits[:, :-1].log_softmax(-1)
-            rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-            return (rows * (labels != -100)).sum() / num_items_in_batch
-
-    def theirs(rows: int) -> Call:
-        trainer = Theirs(_llama(0), _arguments(TrainingArguments))
-        trainer.teacher = _llama(1).eval()
-        return _step(trainer, _batch(rows))
-
-    ours = lambda rows: _step(  # noqa: E731
-        KDTrainer(_llama(0), _arguments(TrainingArguments), teacher=_llama(1)), _batch(rows)
-    )
-    return {"theirs": theirs, "ours": ours}
+    return {"theirs": make(DenseKL), "ours": make(KDTrainer)}
 
 
 def _trl(kind: str) -> Sides:

@@ -25,7 +25,7 @@ def test_gradient_of_a_cut_student(tmp_path, accumulation: int) -> None:
     student = cut_layers(teacher, (0, 15, 29))
     tokenizer = load_tokenizer(assets.SMOLLM2)
     rows = [{"input_ids": (ids := tokenizer(text)["input_ids"]), "labels": [IGNORED] * 4 + ids[4:]} for text in TEXTS]
-    loss, want = truth(student, teacher, rows, "jsd", ce_weight=0.5)
+    loss, want = truth(student, teacher, rows, "jsd(beta=0.5)", ce_weight=0.5)
     args = TrainingArguments(
         str(tmp_path),
         **(ARGUMENTS | dict(per_device_train_batch_size=2 // accumulation, gradient_accumulation_steps=accumulation)),

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import oracles
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kd_kernels import divergences, topk_targets
+from kd_kernels.cache import CacheManifest, CacheWriter
+from kd_trainer.models import tokenizer_fingerprint
 from kd_trainer.tiny import byte_tokenizer, tiny_texts
 
 IGNORED = -100
@@ -51,33 +57,26 @@ def collate(rows: list[dict]) -> dict[str, Tensor]:
     return {"input_ids": pad("input_ids", 0), "labels": pad("labels", IGNORED), "attention_mask": mask}
 
 
-def divergence(logp: Tensor, logq: Tensor, name: str) -> Tensor:
-    p, q = logp.exp(), logq.exp()
-    if name == "forward_kl":
-        return (p * (logp - logq)).sum(-1)
-    if name == "reverse_kl":
-        return (q * (logq - logp)).sum(-1)
-    assert name == "jsd"
-    logm = (0.5 * p + 0.5 * q).log()
-    return 0.5 * (p * (logp - logm)).sum(-1) + 0.5 * (q * (logq - logm)).sum(-1)
-
-
 def truth(
-    student: nn.Module, teacher: nn.Module, rows: list[dict], name: str, ce_weight: float = 0.0, temperature: float = 1.0
+    student: nn.Module, teacher: nn.Module, rows: list[dict], divergence: str = "forward_kl", *, ce_weight: float = 0.0,
+    temperature: float = 1.0, top_k: int | None = None, tail: str = "bucket",
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients in float64 from dense logits; the mean is over the tokens that count."""
+    """Loss and gradients of what is trained, in float64 from dense logits; the mean is over the tokens that count."""
     student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double().eval()
-    for module in (student, teacher):
+    for module in (*student.modules(), *teacher.modules()):
         module.__dict__.pop("forward", None)  # the classes' own
     batch = collate(rows)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    counted = batch["labels"][:, 1:] != IGNORED
+    labels = batch["labels"][:, 1:]
+    counted = labels != IGNORED
     z = student(**inputs).logits[:, :-1][counted]
     with torch.no_grad():
         t = teacher(**inputs).logits[:, :-1][counted]
-    loss = divergence((t / temperature).log_softmax(-1), (z / temperature).log_softmax(-1), name).mean()
-    if ce_weight:
-        loss = loss + ce_weight * nn.functional.cross_entropy(z, batch["labels"][:, 1:][counted])
+    named = divergences.parse(divergence)
+    loss = oracles.kd_loss(
+        z, t if top_k is None else oracles.topk(t / temperature, top_k), named.name, dict(named.params) | dict(named.options),
+        labels=labels[counted], ce_weight=ce_weight, temperature=temperature, tail=tail,
+    )
     loss.backward()
     return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
@@ -97,6 +96,35 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = 2
     for name in want:
         error = (got[name].double() - want[name].double()).norm() / want[name].double().norm().clamp_min(1e-12)
         assert error < rtol, f"{name}: relative error {error:.2e}"
+
+
+def assert_step(got: tuple, want: tuple, rtol: float = 1e-5, gradient_rtol: float = 2e-4) -> None:
+    """Loss and gradients of one step."""
+    assert got[0] == pytest.approx(want[0], rel=rtol)
+    assert_same(got[1], want[1], gradient_rtol)
+
+
+def lora_of(student: nn.Module, **changes: object) -> nn.Module:
+    """A PEFT model whose adapter does something from the start."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    options = dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    return peft.get_peft_model(student, peft.LoraConfig(**(options | changes)))
+
+
+def write_cache(folder: str | Path, teacher: nn.Module, rows: list[dict]) -> None:
+    """Every logprob of a teacher over bytes, unrounded."""
+    manifest = CacheManifest(
+        teacher="t" * 64, tokenizer=tokenizer_fingerprint(tokenizer()), vocab=257, k=257, step_nats=0.0,
+        temperatures=(1.0, 2.0),
+    )
+    with CacheWriter(folder, manifest) as writer, torch.no_grad():
+        for row in rows:
+            ids = torch.tensor(row["input_ids"])
+            logits = teacher.eval()(input_ids=ids[None]).logits[0, :-1]
+            targets = topk_targets(logits, 257, temperatures=(1.0, 2.0))
+            next_logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            writer.add(ids, targets, next_logprobs=next_logprobs)
 
 
 RATE = 16.0

@@ -48,7 +48,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def inspected(model: nn.Module, valid_vocab: int | None) -> CausalLM:
-    """Head, scale and softcap of a student or a teacher, compared once with its own logits.
+    """Head, scale and softcap of a student or a teacher, compared once with its own logits, in the dtype of its weights.
 
     Raises:
         ValueError: no head is found; the message says which attributes were looked for.
@@ -60,11 +60,15 @@ def inspected(model: nn.Module, valid_vocab: int | None) -> CausalLM:
             "a transformers causal language model with get_output_embeddings() (lm_head) and get_decoder()",
             "a module without them",
         )
-    training = base.training
+    training, wrapped = base.training, base.__dict__.get("forward")
+    if hasattr(base, "_original_forward"):  # what accelerate has wrapped in autocast
+        base.forward = base._original_forward
     try:
         return CausalLM(base, valid_vocab)
     finally:
         base.train(training)
+        if wrapped is not None:
+            base.forward = wrapped
 
 
 def check_vocabularies(student: int, teacher: int, valid_vocab: int | None) -> None:

@@ -57,6 +57,7 @@ class KDCallback(TrainerCallback):
         if (teacher is None) == (cache is None):
             fail("KDCallback", "teacher and cache", "one given, not both", "neither" if cache is None else "both")
         self.teacher, self.cache, self.options = teacher, cache, options.filled(divergences.forward_kl())
+        self._trainer_counts = False  # whether the Trainer gives num_items_in_batch to any forward
         self._targets: BatchTargets | None = None
         self._detach = lambda: None
 
@@ -64,7 +65,7 @@ class KDCallback(TrainerCallback):
         check_arguments("KDCallback", args)
         student = inspected(model, self.options.valid_vocab)
         parameters = inspect.signature(student.model.forward).parameters.values()
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        if not self._trainer_counts and not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             fail("KDCallback", f"forward of {type(model).__name__}", "one that takes **kwargs", "none", "use KDTrainer")
         tokenizer = own_tokenizer(model) if processing_class is None and self.cache is None else processing_class
         self._targets = targets_of(student, model, self.teacher, self.cache, self.options, tokenizer)
@@ -94,7 +95,9 @@ class KDTrainer(Trainer):
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
                 fail("KDTrainer", name, "None", "given", "there are no logits to give to it; the loss is eval_loss")
-        super().__init__(*args, callbacks=[*(callbacks or []), KDCallback(teacher, kd, cache=cache)], **kwargs)
+        callback = KDCallback(teacher, kd, cache=cache)
+        callback._trainer_counts = True
+        super().__init__(*args, callbacks=[*(callbacks or []), callback], **kwargs)
         self.model_accepts_loss_kwargs = True  # the model's forward takes num_items_in_batch, whatever it was before
 
 
@@ -132,7 +135,7 @@ def targets_of(
         return AdapterOffTargets(model, student, options)
     compare_tokenizers(tokenizer, teacher)
     loaded = load_pretrained(teacher) if isinstance(teacher, str) else teacher
-    return LiveTargets(inspected(loaded, options.valid_vocab).model, options)
+    return LiveTargets(inspected(loaded, options.valid_vocab), options)
 
 
 def own_tokenizer(model: str | PreTrainedModel) -> PreTrainedTokenizerBase | None:

@@ -8,7 +8,7 @@ What is deliberately different, in all of them:
 
 * Logits are never rounded to bf16 or fp16, and the gradient of the head is summed in fp32: ``accum_dtype``, ``chunk_size``,
   ``compiled`` and ``eps`` are taken and have no effect (entries of a target that are 0 add nothing, exactly).
-* Rows without one that counts give loss 0 and gradient 0 where Liger divides by zero.
+* Rows without one that counts give loss 0 and gradient 0; Liger's LigerTVDLoss raises ZeroDivisionError.
 * Inputs that are said to be log-probabilities or probabilities are normalised again. For normalised ones nothing changes,
   and the gradient behind the softmax that made them is the same; plain logits are welcome where log-probabilities are.
 * No synchronisation with the host (Liger counts labels and compares the upstream gradient on it).
@@ -143,8 +143,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
     """``liger_kernel.transformers.LigerKLDIVLoss``: forward KL from log-probabilities ``[BT, V]`` (or logits).
 
     ``log_target`` and ``reduction`` as in ``nn.KLDivLoss``, whose default ``mean`` divides by BT times V; ``none`` returns
-    ``[BT, V]``. For ``none`` Liger scales the gradient of every entry by the upstream gradient of the *whole* tensor, which
-    is right for uniform ones only; here each entry has its own.
+    ``[BT, V]``.
     """
 
     def __init__(self, eps: float = 1e-10, *args, **kwargs) -> None:
@@ -159,8 +158,8 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 class LigerJSD(nn.Module):
     """``liger_kernel.transformers.LigerJSD``: generalised JSD of log-probabilities ``[BT, V]`` (or logits), student first.
 
-    Mean over the rows that count; ``beta`` as in :class:`LigerFusedLinearJSD`. Where both probabilities underflow, Liger's
-    mixture is NaN; here such an entry adds nothing.
+    Mean over the rows that count; ``beta`` as in :class:`LigerFusedLinearJSD`. A column that both models mask with
+    -inf makes Liger's loss NaN; here it adds nothing.
     """
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:

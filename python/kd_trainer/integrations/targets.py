@@ -68,8 +68,8 @@ class LiveTargets:
 
     needs_dataset_check = False
 
-    def __init__(self, model: PreTrainedModel, options: KDOptions) -> None:
-        self.lm = CausalLM(model, options.valid_vocab).eval().requires_grad_(False)
+    def __init__(self, lm: CausalLM, options: KDOptions) -> None:
+        self.lm = lm.eval().requires_grad_(False)
         self.vocab, self.options = self.lm.vocab, options
 
     @torch.no_grad()

@@ -16,7 +16,8 @@ TRL's argument      what it does here
 Further arguments: ``kd=KDOptions(...)`` (any divergence, cross-entropy, top-k, ``valid_vocab``), ``cache=folder`` in place of
 ``teacher_model`` (GKDTrainer and GOLDTrainer). Deliberately different from TRL 1.16: over several processes GKDTrainer and
 GOLDTrainer divide by the global token count but forget that DDP averages, so their gradient is too small by the number of
-processes; here it is not. A GOLDTrainer's teacher with a larger vocabulary is cut by TRL without a word; here that needs
+processes; here it is not. GOLDTrainer collates the batches of an optimiser's step at once and counts their tokens once for every
+one of them, so with ``gradient_accumulation_steps=n`` its gradient is n times too small; here it is not. A GOLDTrainer's teacher with a larger vocabulary is cut by TRL without a word; here that needs
 ``valid_vocab``. The number of tokens that GKDTrainer divides by is TRL's: of the data set's completions, also in steps
 whose completions the student wrote.
 """
@@ -212,7 +213,11 @@ def _one_vocabulary(student: object, teacher: object, options: KDOptions, where:
 
 def _padded_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
     """``compute_loss`` of GKDTrainer and GOLDTrainer: the model returns the loss, see :mod:`kd_trainer.integrations.attach`."""
-    extra = self._get_model_forward_kwargs(inputs) if isinstance(self, TRLGOLDTrainer) else {}
+    extra = {}
+    if isinstance(self, TRLGOLDTrainer):
+        extra = self._get_model_forward_kwargs(inputs)
+        if num_items_in_batch is not None:  # counted once for every micro-batch, of all of them together
+            num_items_in_batch = num_items_in_batch / self.current_gradient_accumulation_steps
     outputs = model(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["labels"],
         num_items_in_batch=num_items_in_batch, **extra,

@@ -1,0 +1,69 @@
+"""Every integration names the versions that it was tested with and refuses others, before it does anything."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import sys
+
+import pytest
+from trainers import lora_of, model
+
+from kd_trainer.integrations.hf import KDCallback
+
+installed = importlib.metadata.version
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, package: str, version: str | None) -> None:
+    def found(name: str) -> str:
+        if name != package:
+            return installed(name)
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+
+
+def import_anew(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.delitem(sys.modules, f"kd_trainer.integrations.{module}", raising=False)
+    importlib.import_module(f"kd_trainer.integrations.{module}")
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "version", "tested"),
+    (
+        ("liger", "liger-kernel", "0.7.0", "0.8.*"), ("torchtune", "torchtune", "0.5.0", "0.6.*"),
+        ("trl", "trl", "1.17.0", "1.16.*"), ("trl", "transformers", "4.57.1", "5.23.*"),
+    ),
+)
+def test_another_version_is_refused_on_import(monkeypatch, module: str, package: str, version: str, tested: str) -> None:
+    if module == "trl":
+        pytest.importorskip("trl", reason="trl is not installed")
+    pretend(monkeypatch, package, version)
+    message = f'{package} must be {tested}, got {version}; run: pip install "{package}=={tested}"'
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        import_anew(monkeypatch, module)
+
+
+def test_signatures_alone_need_no_package(monkeypatch) -> None:
+    for module, package in (("liger", "liger-kernel"), ("torchtune", "torchtune")):
+        pretend(monkeypatch, package, None)
+        import_anew(monkeypatch, module)
+
+
+def test_transformers_and_peft_are_looked_at_when_they_are_used(monkeypatch) -> None:
+    student = lora_of(model(1))
+    pretend(monkeypatch, "transformers", "4.57.1")
+    with pytest.raises(RuntimeError, match=re.escape("transformers must be 5.23.*, got 4.57.1; run: pip install")):
+        KDCallback(model(2))
+    pretend(monkeypatch, "peft", "0.15.0")
+    with pytest.raises(RuntimeError, match=re.escape("attach: peft must be 0.21.*, got 0.15.0")):
+        KDCallback("adapter-off").on_init_end(arguments(), None, None, model=student)
+
+
+def arguments():
+    from transformers import TrainingArguments
+
+    return TrainingArguments(use_cpu=True)
