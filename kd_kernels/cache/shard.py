@@ -100,6 +100,29 @@ class Shard:
             raise CacheError.mismatch(self.path, entry.offset, what, entry.rows, done)
         return CachedRows.cat(parts)
 
+    def stream_bytes(self, manifest: CacheManifest) -> Counter[str]:
+        """What each stream of the rows takes of a sealed shard, and what stands around them; the sum is its size.
+
+        Reads and decodes every block. Rows share the words of a code, so that their parts are fractions of a byte, rounded
+        down to whole ones for the shard; what that leaves counts as heads of blocks.
+        """
+        _, _, stop = self.index()
+        bits: Counter[str] = Counter()
+        models, offset = 0, HEADER_BYTES
+        while offset < stop:
+            head = self._file.read(offset, min(BLOCK_HEAD_BYTES, stop - offset))
+            if is_model(head):
+                size = self._check_model(offset, stop, manifest)
+                models += size
+            else:
+                size = min(block_size(self.path, offset, head), stop - offset)
+                block = decode_block(self.path, self._seed, offset, memoryview(self._file.read(offset, size)))
+                bits.update(self._model(block.model, manifest).bits(self._decode(block, manifest)))
+            offset += size
+        found = Counter({name: int(value / 8) for name, value in bits.items() if value})
+        heads = stop - HEADER_BYTES - models - found.total()
+        return found + Counter({"models": models, "heads of blocks": heads, "index": self.size - stop + HEADER_BYTES})
+
     def sequences(self, stop: int, manifest: CacheManifest | None = None) -> Iterator[tuple[int, list[IndexEntry]]]:
         """Reads the blocks before ``stop`` in order. Yields, wherever a block ends and no sequence is left open, that
         offset and the entries of the sequences since the last one. With a manifest, rows are decoded too.

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7f7f7f"  # told apart by colour-blind readers too
 LABELS = {
     "divergence": "divergence from the teacher, nats a token", "next_token_loss": "next-token loss, nats",
@@ -53,6 +55,20 @@ def plot_comparison(runs: Mapping[str, Path], result: Mapping[str, object], png:
         axis.bar_label(bars, [form.format(values[key]) for values in students.values()], padding=2)
         axis.set_title(label, loc="left", fontsize=10)
         axis.margins(y=0.12)
+    save_figure(figure, png)
+
+
+def plot_cache(bytes_per_row: Mapping[str, float], rows: Mapping[str, Tensor], png: Path) -> None:
+    """Where the bytes of a cache are, and how some numbers are spread over its rows; both by their titles."""
+    figure, (streams, *spreads) = figure_of(1 + len(rows))
+    names = sorted(bytes_per_row, key=bytes_per_row.__getitem__)
+    bars = streams.barh(names, [bytes_per_row[name] for name in names], color=BLUE, height=0.6)
+    streams.bar_label(bars, fmt="{:.3g}", padding=2)
+    streams.set_title("bytes a row", loc="left", fontsize=10)
+    streams.margins(x=0.15)
+    for axis, (title, values) in zip(spreads, rows.items()):
+        axis.hist(values.numpy(), bins=40, color=BLUE)
+        axis.set_title(f"{title} (rows)", loc="left", fontsize=10)
     save_figure(figure, png)
 
 

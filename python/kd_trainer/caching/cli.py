@@ -16,6 +16,7 @@ def add_parser(commands) -> None:
     _add_verify(cache.add_parser("verify", help="check every byte; with --teacher, compare rows with the live teacher"))
     _add_import(cache.add_parser("import", help="take what a serving API answered, as JSON lines"))
     _add_export(cache.add_parser("export", help="write a cache as safetensors or Parquet"))
+    _add_report(cache.add_parser("report", help="where its bytes go; with --teacher, what rounding did"))
     merge = cache.add_parser("merge", help="put the shards of several folders of one cache into one folder")
     merge.add_argument("folders", nargs="+")
     merge.add_argument("--out", required=True, help="a folder; its cache grows if it has one")
@@ -90,26 +91,31 @@ def _add_verify(verify: argparse.ArgumentParser) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from kd_kernels.cache import CacheReader
-    from kd_trainer.errors import fail
     from kd_trainer.files import progress
 
+    _check_teacher_and_data("verify_cache", arguments)
     reader = CacheReader(arguments.folder)
-    if (arguments.teacher is None) != (arguments.data is None):
-        fail("verify_cache", "--teacher and --data", "given together", "one of them")
     with progress(total=reader.bytes, desc="read", unit="B", unit_scale=True) as bar:
         reader.verify(bar.update)
     print(f"every block of {reader.bytes:,} bytes is whole")
     if arguments.teacher is None:
         return 0
-    verdict = _verdict(reader, arguments)
+    verdict = _verdict(reader, arguments, arguments.documents)
     print(verdict.table())
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(verdict.as_dict(), indent=1))
     return 0 if verdict.passed else 1
 
 
-def _verdict(reader, arguments: argparse.Namespace):
-    """The cache compared with the teacher and documents that the arguments name."""
+def _check_teacher_and_data(where: str, arguments: argparse.Namespace) -> None:
+    from kd_trainer.errors import fail
+
+    if (arguments.teacher is None) != (arguments.data is None):
+        fail(where, "--teacher and --data", "given together", "one of them")
+
+
+def _verdict(reader, arguments: argparse.Namespace, documents: int):
+    """The cache compared with the teacher that the arguments name, on so many of their documents (0: all)."""
     import torch
 
     from kd_trainer.caching.scoring import Scorer
@@ -121,8 +127,34 @@ def _verdict(reader, arguments: argparse.Namespace):
         arguments.teacher, meta.get("dtype", "float32"), head_dtype=arguments.head_dtype, space=arguments.ensemble,
         weights=arguments.weights,
     ).to("cuda" if torch.cuda.is_available() else "cpu")
-    documents = load_documents(data_config(arguments), scorer.tokenizer, scorer.vocab)
-    return verify(reader, scorer, documents[: arguments.documents or None], batch_tokens=arguments.batch_tokens)
+    known = load_documents(data_config(arguments), scorer.tokenizer, scorer.vocab)
+    return verify(reader, scorer, known[: documents or None], batch_tokens=arguments.batch_tokens)
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("folder")
+    _add_teacher(report, required=False)
+    report.add_argument("--documents", type=int, default=4096, help="looked at, chosen by hash; 0: all (%(default)s)")
+    report.add_argument("--compared", type=int, default=64, help="with the teacher's, of --data; 0: all (%(default)s)")
+    report.add_argument("--json", help="write the numbers to this file")
+    report.add_argument("--plot", help="draw them into this .png")
+    add_data_arguments(report, required=False)
+    report.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from kd_kernels.cache import CacheReader
+    from kd_trainer.caching.report import report
+
+    _check_teacher_and_data("report", arguments)
+    reader = CacheReader(arguments.folder)
+    verdict = None if arguments.teacher is None else _verdict(reader, arguments, arguments.compared)
+    found = report(reader, documents=arguments.documents, verdict=verdict)
+    print(found.table())
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found.as_dict(), indent=1))
+    if arguments.plot:
+        found.plot(arguments.plot)
 
 
 def _add_import(taken: argparse.ArgumentParser) -> None:
