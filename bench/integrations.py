@@ -270,11 +270,10 @@ def _measure(case: str, whose: str, rows: int, repeats: int) -> dict[str, float]
     }
 
 
-def _in_a_process(case: str, whose: str, rows: int, repeats: int) -> dict[str, object]:
+def measured_in_a_process(case: str, whose: str, rows: int, repeats: int) -> dict[str, object]:
+    """Bytes and milliseconds of one side, or why it was skipped."""
     command = [sys.executable, "-m", "bench.integrations", "--one", case, whose, "--rows", str(rows), "--repeats", str(repeats)]
-    env = dict(os.environ)
-    if case == "torchtune":
-        env["PYTHONPATH"] = os.pathsep.join([str(TORCHTUNE), *sys.path])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TORCHTUNE)] * (case == "torchtune") + sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         return {"skipped": (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]}
@@ -300,7 +299,7 @@ def main() -> None:
         if before | {"comparisons": {}} == content:  # the same machine, versions and shape: the others' results stand
             content["comparisons"] = before["comparisons"]
     for case in arguments.only:
-        sides = {whose: _in_a_process(case, whose, arguments.rows, arguments.repeats) for whose in ("theirs", "ours")}
+        sides = {whose: measured_in_a_process(case, whose, arguments.rows, arguments.repeats) for whose in ("theirs", "ours")}
         content["comparisons"][case] = sides | {"repeats": arguments.repeats, "measured": machine.moment()}
         print(case, sides, file=sys.stderr)
         RESULT.write_text(json.dumps(content, indent=1) + "\n")

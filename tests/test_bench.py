@@ -423,6 +423,21 @@ GPU = {
     "triton": "3.6.0", "torch": "2.11.0",
 }
 
+SIDE = {"peak_bytes": 7 << 20, "p50_ms": 4.0}
+DROP_IN = {
+    "machine": {"model": "a CPU", "cores": 2, "torch": "2.13.0"}, "versions": {"trl": "1.16.0", "torchtune": None},
+    "shape": {"rows": 64, "vocab": 100, "hidden": 8, "width": 4},
+    "comparisons": {
+        "trl_gkd": {
+            "theirs": SIDE, "ours": SIDE | {"p50_ms": 2.0}, "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
+        },
+        "torchtune": {
+            "theirs": {"skipped": "no torchtune"}, "ours": SIDE,
+            "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
+        },
+    },
+}
+
 
 def _file_of(results: dict) -> dict[str, dict]:
     """Results of either plan, as the file that the README reads for it."""
@@ -445,12 +460,13 @@ MARKERS += "<!-- divergences -->\n<!-- /divergences -->\nafter\n"
 
 
 def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
-    files = _file_of(results) | {render.DEMO: DEMO}
+    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN}
     new = render.rendered(MARKERS, _reader(files))
     assert new.startswith("before\n") and new.endswith("after\n") and "old\n" not in new
     assert new.count("between\n") == len(render.BLOCKS)
     assert render.rendered(new, _reader(files)) == new
     assert "| teacher | 12.3 | 0.000 | 0.000 | 100.0% | 100.0% | 0.020 |" in new and "1.5 minutes" in new
+    assert "| 7 to 7 MiB | 4 to 2 ms |" in new and "ForwardKLWithChunkedOutputLoss` (no torchtune)" in new
     on_cpu = render.CPU in files
     assert ("Not yet measured on a GPU." in new) == on_cpu and ("3 MiB" in new) == on_cpu
     assert ("cpu_rows.png" if on_cpu else "gpu_rows.png") in new
@@ -462,7 +478,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
 
 
 def test_every_row_of_a_table_has_all_columns(results: dict) -> None:
-    for file, content in (_file_of(results) | {render.DEMO: DEMO}).items():
+    for file, content in (_file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN}).items():
         for block in (block for block in render.BLOCKS.values() if block.file == file):
             text = block.text(_reader({file: content}))
             for lines in text.split("\n\n"):
