@@ -26,6 +26,7 @@ from kd_trainer import registry
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
+CACHE = "cache_page.json"
 README = ROOT / "README.md"
 
 
@@ -72,6 +73,7 @@ BLOCKS = {
     "gpu": Block(GPU, tables.gpu, missing="Not yet measured on a GPU."),
     "gpu-plots": Block(GPU, _pictures, missing="Not yet drawn: nothing was measured on a GPU."),
     "demo": Block(DEMO, tables.demo),
+    "cache": Block(CACHE, tables.cache),
     "integrations": Block(DROP_IN, tables.drop_in),
 }
 """By marker."""

@@ -299,3 +299,12 @@ def demo(results: dict) -> str:
         table(["", *(title for title, _ in columns.values())], rows)
         + f"\n\n{results['tokens']:,} held-out tokens; KL in nats a token; {minutes:.1f} minutes in all."
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- the cache
+
+
+def cache(results: dict) -> str:
+    """The commands of the page on the cache, with what they printed."""
+    shown = "\n\n".join(f"$ {step['command']}\n{step['output']}" for step in results["commands"])
+    return f"With `run.yaml` as\n\n```yaml\n{results['config'].strip()}\n```\n\nthe whole way is\n\n```\n{shown}\n```"

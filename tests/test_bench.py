@@ -412,6 +412,7 @@ def test_what_fails_is_reported_and_stops_nobody(tmp_path: Path, monkeypatch: py
     assert side_by_side.main(arguments) == 0 and not json.loads(path.read_text())["failed"]
 
 
+CACHE = {"config": "out: run\n", "commands": [{"command": "kdk cache info c", "output": "rows 3"}]}
 DEMO = {
     "models": {
         "teacher": dict(perplexity=12.34, forward_kl=0.0, reverse_kl=0.0, agreement=1.0, acceptance=1.0, ece=0.02),
@@ -456,17 +457,18 @@ def _reader(files: dict[str, dict]):
 
 
 MARKERS = "before\n" + "".join(f"<!-- bench:{n} -->\nold\n<!-- /bench -->\nbetween\n" for n in render.BLOCKS)
-MARKERS += "<!-- divergences -->\n<!-- /divergences -->\nafter\n"
+MARKERS += "<!-- divergences -->\n<!-- /divergences -->\n<!-- methods -->\n<!-- /methods -->\nafter\n"
 
 
 def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
-    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN}
+    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE}
     new = render.rendered(MARKERS, _reader(files))
     assert new.startswith("before\n") and new.endswith("after\n") and "old\n" not in new
     assert new.count("between\n") == len(render.BLOCKS)
     assert render.rendered(new, _reader(files)) == new
     assert "| teacher | 12.3 | 0.000 | 0.000 | 100.0% | 100.0% | 0.020 |" in new and "1.5 minutes" in new
     assert "| 7 to 7 MiB | 4 to 2 ms |" in new and "ForwardKLWithChunkedOutputLoss` (no torchtune)" in new
+    assert "$ kdk cache info c\nrows 3" in new
     on_cpu = render.CPU in files
     assert ("Not yet measured on a GPU." in new) == on_cpu and ("3 MiB" in new) == on_cpu
     assert ("cpu_rows.png" if on_cpu else "gpu_rows.png") in new
@@ -478,7 +480,8 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
 
 
 def test_every_row_of_a_table_has_all_columns(results: dict) -> None:
-    for file, content in (_file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN}).items():
+    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE}
+    for file, content in files.items():
         for block in (block for block in render.BLOCKS.values() if block.file == file):
             text = block.text(_reader({file: content}))
             for lines in text.split("\n\n"):
