@@ -8,7 +8,7 @@
 namespace kd {
 namespace {
 
-constexpr uint32_t kFractions = 16;   // of a step, for the first entry of a row
+constexpr uint32_t kFractions = 256;  // of a step, for the first entry of a row
 constexpr double kTailFinesse = 4;    // the tail's log-odds are stored to step / 4
 constexpr double kLogZFinesse = 16;   // log Z to step / 16
 constexpr uint64_t kMaxLevel = 1u << 30;
@@ -163,7 +163,7 @@ template <class Sink> class RowWalk {
       const bool is_tie = gap == 0 && j > 1;
       level = levels_[j];
       sink_.number(kGap + place_of(j), gap);
-      if (j == 0) sink_.bits(kGap, fraction, 4);
+      if (j == 0) sink_.bits(kGap, fraction, 8);
       if (is_tie) sink_.number(tie_context(before), r - before - 1);
       else sink_.number(kRank + place_of(j), r);
       weight(begin + static_cast<int64_t>(order_[j] & 0xffffffffu));
@@ -457,7 +457,7 @@ Complaint RowModel::decode(Span payload, const RowsOut& out, Ranks* ranks) const
         rank = number(kRank + place_of(j));
       } else {
         const uint32_t gap = number(kGap + place_of(j));
-        if (j == 0) fraction = reader.bits(4);
+        if (j == 0) fraction = reader.bits(8);
         level += gap;
         const bool is_tie = (gap == 0) & (j > 1);
         rank = (is_tie ? uint64_t{before} + 1 : 0) + number(is_tie ? tie_context(before) : kRank + place_of(j));

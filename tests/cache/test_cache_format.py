@@ -121,8 +121,8 @@ def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_bl
                 gap = number(7 + place)
                 level += gap
                 if j == 0:
-                    fraction = code.bits(4)
-                logprob = -step * (level + fraction / 16)
+                    fraction = code.bits(8)
+                logprob = -step * (level + fraction / 256)
             else:
                 logprob = exact()
             if step and j > 1 and gap == 0:
