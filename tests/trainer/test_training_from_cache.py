@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from kd_kernels import divergences
+from kd_kernels import divergences, sampled_targets
 from kd_kernels.cache import CacheError, CacheReader
 from kd_trainer.caching.build import build_cache
 from kd_trainer.caching.options import CacheOptions
+from kd_trainer.caching.scoring import Scorer
 from kd_trainer.config import DataConfig
 from kd_trainer.data import collate, load_documents
 from kd_trainer.models import load_tokenizer, vocab_of
@@ -135,3 +136,47 @@ def test_an_error_of_reading_ahead_is_raised_where_the_rows_are_asked_for(tiny, 
     teacher.targets(collate([known], 48, False))
     with pytest.raises(CacheError, match="sequence: expected key .* found none such"):
         teacher.targets(collate([strange], 48, False))
+
+
+# -------------------------------------------------------------------------------------------------------- sampled rows
+
+
+def test_sampled_rows_are_the_draws_of_their_documents_whatever_the_batch(tiny, text, vocab, tmp_path):
+    options = {"k": 3, "sampled": 40, "proposal_temperature": 1.5, "step_nats": 0}
+    one, other = (build(tiny, text, tmp_path / str(n), batch_tokens=n, **options) for n in (100, 2048))
+    scorer = Scorer([str(tiny)])
+    documents = load_documents(DataConfig(source=str(text), max_length=48), scorer.tokenizer)[:5]
+    for document in documents:
+        found, again = (CacheReader(folder).targets(document.tokens) for folder in (one, other))
+        batch = collate([document], 48, False)
+        rows = torch.arange(len(document) - 1)
+        truth = sampled_targets(
+            scorer.logits(batch, rows), 40, proposal_temperature=1.5, certain=3, seed=0,
+            keys=torch.full(rows.shape, document.key), positions=rows,
+        )
+        assert torch.equal(found.ids, again.ids) and torch.equal(found.ids, truth.ids)
+        torch.testing.assert_close(found.importance, truth.importance, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.logprobs, truth.logprobs, rtol=1e-5, atol=1e-5)
+        assert found.tail_logprob is None
+
+
+def test_training_from_sampled_rows_nears_the_teacher_on_average(kd, tiny, text, tmp_path):
+    """The loss of many draws is the live loss up to their noise, which top-k rows of as many entries are not near."""
+    objective = {"divergence": "forward_kl"}
+    live = kd("live", objective=objective)
+    sampled = kd("sampled", build(tiny, text, tmp_path / "s", k=8, sampled=2000, step_nats=0), objective=objective)
+    for a, b in zip(live, sampled, strict=True):
+        assert a["next_token_loss"] == pytest.approx(b["next_token_loss"], rel=0.01)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.15)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"sampled": 0}, "--sampled must be at least 1 draw a row, got 0"),
+    ({"sampled": 5, "mass": 0.9}, "--mass must be absent with --sampled"),
+    ({"sampled": 5, "temperatures": (1.0, 2.0)}, "--temperatures must be 1 with --sampled"),
+    ({"proposal_temperature": 2.0}, "--sampled must be given with --proposal-temperature"),
+    ({"sampled": 5, "proposal_temperature": 0.0}, "--proposal-temperature must be"),
+])
+def test_sampling_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        CacheOptions(**options)

@@ -71,14 +71,17 @@ def manifest_of(scorer: Scorer, documents: Sequence[Document], data: DataConfig,
     bos, chat_template = reading_of(documents, scorer.tokenizer)
     return CacheManifest(
         teacher=scorer.fingerprint, tokenizer=tokenizer_fingerprint(scorer.tokenizer), vocab=scorer.vocab,
-        k=min(options.k, scorer.vocab), mass=options.mass, temperatures=options.temperatures,
+        k=min(options.entries, scorer.vocab), mass=options.mass, temperatures=options.temperatures,
+        tail=options.sampled is None, importance=options.sampled is not None,
         step_nats=options.step_nats, head_dtype=scorer.head_dtype,
         bos_policy=bos or bos_policy(scorer.tokenizer), chat_template=chat_template or "none",
         meta={
             "teacher": scorer.name, "data": data.source, "dtype": options.dtype, "positions": options.positions,
             "padding": f"{scorer.padding} columns of the head", "torch": torch.__version__,
             "transformers": transformers.__version__,
-        } | ({"ensemble": f"{options.ensemble}, weights {options.weights or 'equal'}"} if len(scorer.models) > 1 else {}),
+        } | ({} if options.sampled is None else {
+            "sampled": f"{options.sampled} draws at temperature {options.proposal_temperature:g}, beside the first {options.k}",
+        }) | ({"ensemble": f"{options.ensemble}, weights {options.weights or 'equal'}"} if len(scorer.models) > 1 else {}),
     )
 
 
@@ -119,7 +122,7 @@ def write_targets(
             with memory_named(batch):
                 batch = batch.to(scorer.device)
                 kept, logits, next_logprobs = selector.rows(batch, scorer)
-                targets = kept_targets(logits, options, scorer.vocab)
+                targets = kept_targets(logits, batch, kept, options, scorer.vocab)
                 if next_logprobs is None:
                     next_logprobs = label_logprobs(logits, batch.labels[kept], targets)
             targets, next_logprobs, kept = targets.to("cpu"), next_logprobs.cpu(), kept.cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_trainer.config import DTYPES
-from kd_trainer.errors import check_one_of, fail
+from kd_trainer.errors import check_one_of, check_positive, fail
 
 WHERE = "build_cache"
 SPACES = ("logit", "prob")
@@ -17,6 +17,8 @@ class CacheOptions:
 
     k: int = 64
     mass: float | None = None
+    sampled: int | None = None  # draws a row, beside the k likeliest
+    proposal_temperature: float = 1.0  # that they are drawn at
     temperatures: tuple[float, ...] = (1.0,)
     step_nats: float = 1 / 16
     dtype: str = "float32"
@@ -42,10 +44,27 @@ class CacheOptions:
             fail(WHERE, "--fraction", "in (0, 1]", self.fraction)
         if self.select is not None and not self.selects:
             fail(WHERE, "--min-entropy or --fraction", "given with --select", None)
+        if self.sampled is None:
+            if self.proposal_temperature != 1.0:
+                fail(WHERE, "--sampled", "given with --proposal-temperature", None)
+        else:
+            if self.sampled < 1:
+                fail(WHERE, "--sampled", "at least 1 draw a row", self.sampled)
+            check_positive(WHERE, "--proposal-temperature", self.proposal_temperature)
+            if self.mass is not None:
+                fail(WHERE, "--mass", "absent with --sampled, which leaves nothing out on average", self.mass)
+            if self.temperatures != (1.0,):
+                remedy = "sampled rows are unbiased at the temperature 1 alone"
+                fail(WHERE, "--temperatures", "1 with --sampled", self.temperatures, remedy)
         if self.batch_tokens < 2:
             fail(WHERE, "--batch-tokens", "at least 2", self.batch_tokens)
         if self.share is not None:
             parse_share(self.share)
+
+    @property
+    def entries(self) -> int:
+        """The most entries that a row can have."""
+        return self.k + (self.sampled or 0)
 
     @property
     def selects(self) -> bool:

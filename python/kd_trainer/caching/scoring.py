@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, token_stats, topk_targets
+from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, sampled_targets, token_stats, topk_targets
 from kd_trainer.caching.options import WHERE, CacheOptions
 from kd_trainer.data import Batch, Document
 from kd_trainer.errors import fail
@@ -21,6 +21,9 @@ from kd_trainer.models import (
 )
 
 Logits = LinearLogits | EnsembleLogits
+
+SAMPLING_SEED = 0
+"""Of the draws of sampled rows: the same document has the same rows in every cache of a teacher."""
 
 
 class Scorer:
@@ -203,9 +206,24 @@ class Selector:
         return kept.nonzero().squeeze(1)
 
 
-def kept_targets(logits: Logits, options: CacheOptions, vocab: int) -> SparseTargets:
-    """The entries of each row that go into the cache."""
-    return topk_targets(logits, min(options.k, vocab), mass=options.mass, temperatures=options.temperatures)
+def kept_targets(logits: Logits, batch: Batch, kept: Tensor, options: CacheOptions, vocab: int) -> SparseTargets:
+    """The entries of each row that go into the cache: the likeliest, or some of them and draws from the others.
+
+    Draws are a function of the document's tokens and the place in it, so that they do not depend on the batch.
+
+    Args:
+        logits: of the rows ``kept`` (int64) of the batch.
+    """
+    if options.sampled is None:
+        return topk_targets(logits, min(options.k, vocab), mass=options.mass, temperatures=options.temperatures)
+    lengths = torch.tensor([len(document) - 1 for document in batch.documents])
+    keys = torch.tensor([document.key for document in batch.documents]).repeat_interleave(lengths)
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    here = kept.cpu()
+    return sampled_targets(
+        logits, options.sampled, proposal_temperature=options.proposal_temperature, certain=min(options.k, vocab - 1),
+        seed=SAMPLING_SEED, keys=keys[here].to(kept.device), positions=positions[here].to(kept.device),
+    )
 
 
 def label_logprobs(logits: Logits, labels: Tensor, targets: SparseTargets) -> Tensor:
