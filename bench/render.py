@@ -26,7 +26,7 @@ from kd_trainer import registry
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
-CACHE = "cache_page.json"
+CACHE, STUDY = "cache_page.json", "cpu_study_text2sql.json"
 README = ROOT / "README.md"
 
 
@@ -74,6 +74,7 @@ BLOCKS = {
     "gpu-plots": Block(GPU, _pictures, missing="Not yet drawn: nothing was measured on a GPU."),
     "demo": Block(DEMO, tables.demo),
     "cache": Block(CACHE, tables.cache),
+    "study": Block(STUDY, tables.study),
     "integrations": Block(DROP_IN, tables.drop_in),
 }
 """By marker."""

@@ -6,6 +6,8 @@ from typing import Callable
 
 from bench import integrations
 from bench.cases import CASES, PRODUCTS
+from kd_trainer.study import lineup
+from kd_trainer.study import report as study_report
 
 MIB, GIB = 2**20, 2**30
 
@@ -308,3 +310,27 @@ def cache(results: dict) -> str:
     """The commands of the page on the cache, with what they printed."""
     shown = "\n\n".join(f"$ {step['command']}\n{step['output']}" for step in results["commands"])
     return f"With `run.yaml` as\n\n```yaml\n{results['config'].strip()}\n```\n\nthe whole way is\n\n```\n{shown}\n```"
+
+
+# ----------------------------------------------------------------------------------------------------------- the study
+
+
+def study(results: dict) -> str:
+    """``kdk study text2sql``: its table, how much was trained, and what it does not have."""
+    seeds: dict[str, int] = {}
+    for run in results["runs"]:
+        seeds[run["method"]] = seeds.get(run["method"], 0) + 1
+    size = results["start"]["size"]
+    missing = [entry.label for name, entry in lineup.ENTRIES.items() if name not in seeds]
+    few = min(seeds.values())
+    counts = f"Seeds of each method: {few}" if few == max(seeds.values()) else f"Seeds of each method: {few} to {max(seeds.values())}"
+    about = (
+        f"Teacher: {size['base']} after {size['teacher_steps']} steps; student: layers {', '.join(map(str, size['layers']))} of it "
+        f"after {size['start_steps']} steps, from which every method goes on for {size['steps']} steps of about "
+        f"{size['batch_tokens']} tokens. {size['dev_questions']} questions, queries run on {size['databases']} seeded databases; "
+        f"KL and ExAccErr on {size['fidelity_questions']} of them. {counts}; ± is the standard deviation over them. "
+        "Tokens a second are those of runs that shared the machine with others."
+    )
+    if missing:
+        about += f" Not run at this size: {', '.join(missing)}."
+    return f"{study_report.table(results)}\n\n{about}"

@@ -412,6 +412,18 @@ def test_what_fails_is_reported_and_stops_nobody(tmp_path: Path, monkeypatch: py
     assert side_by_side.main(arguments) == 0 and not json.loads(path.read_text())["failed"]
 
 
+STUDY_RUN = {
+    "method": "kid", "seed": 0, "exact": 0.25, "execution": 0.5, "forward_kl": 1.5, "reverse_kl": 2.5, "agreement": 0.75,
+    "excess_error": 12.0, "tokens_per_s": 99.0, "peak_bytes": 2**20,
+}
+STUDY = {
+    "teacher": {"exact": 0.875, "execution": 0.9},
+    "start": {"exact": 0.125, "execution": 0.1, "size": {
+        "base": "a", "layers": [0, 1], "teacher_steps": 1, "start_steps": 2, "steps": 3, "batch_tokens": 4,
+        "dev_questions": 5, "databases": 6, "fidelity_questions": 7,
+    }},
+    "runs": [STUDY_RUN, STUDY_RUN | {"seed": 1}], "latency": {"steps": {"kid": {"relative": 2.25}}},
+}
 CACHE = {"config": "out: run\n", "commands": [{"command": "kdk cache info c", "output": "rows 3"}]}
 DEMO = {
     "models": {
@@ -461,14 +473,14 @@ MARKERS += "<!-- divergences -->\n<!-- /divergences -->\n<!-- methods -->\n<!-- 
 
 
 def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
-    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE}
+    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE, render.STUDY: STUDY}
     new = render.rendered(MARKERS, _reader(files))
     assert new.startswith("before\n") and new.endswith("after\n") and "old\n" not in new
     assert new.count("between\n") == len(render.BLOCKS)
     assert render.rendered(new, _reader(files)) == new
     assert "| teacher | 12.3 | 0.000 | 0.000 | 100.0% | 100.0% | 0.020 |" in new and "1.5 minutes" in new
     assert "| 7 to 7 MiB | 4 to 2 ms |" in new and "ForwardKLWithChunkedOutputLoss` (no torchtune)" in new
-    assert "$ kdk cache info c\nrows 3" in new
+    assert "$ kdk cache info c\nrows 3" in new and "| 2.25 | 99 | 1 MiB |" in new and "Seeds of each method: 2" in new
     on_cpu = render.CPU in files
     assert ("Not yet measured on a GPU." in new) == on_cpu and ("3 MiB" in new) == on_cpu
     assert ("cpu_rows.png" if on_cpu else "gpu_rows.png") in new
@@ -480,7 +492,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
 
 
 def test_every_row_of_a_table_has_all_columns(results: dict) -> None:
-    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE}
+    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE, render.STUDY: STUDY}
     for file, content in files.items():
         for block in (block for block in render.BLOCKS.values() if block.file == file):
             text = block.text(_reader({file: content}))

@@ -47,7 +47,7 @@ def _spread(values: Sequence[float | None]) -> tuple[float | None, float | None]
 
 def table(result: Mapping) -> str:
     """Markdown: a row a method, after the teacher and the student that all began with."""
-    header = [*(title for title, _ in COLUMNS.values()), "latency / SFT", "tokens/s", "peak memory"]
+    header = [*(title.replace("|", r"\|") for title, _ in COLUMNS.values()), "latency / SFT", "tokens/s", "peak memory"]
     lines = [["", *header], ["---", *["---:"] * len(header)]]
     for name, label in (("teacher", "teacher"), ("start", "start of all students")):
         if name in result:
