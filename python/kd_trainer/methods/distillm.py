@@ -97,7 +97,7 @@ def build(config: Config, parts: Parts) -> Method:
         corpus = _documents(config, parts, source=options.lm_source, part="train", holdout=0.0)
         tokens = SideBySide(own, corpus, "lm", config.train.batch_tokens, config.seed)
         objectives["lm"] = cross_entropy(options.lm_weight)
-    return Method("distillm", tokens, teacher, objectives, own.after_step)
+    return Method("distillm", tokens, teacher, objectives, after_step=own.after_step)
 
 
 def _documents(config: Config, parts: Parts, **data: object) -> Sequence[Document]:
