@@ -39,12 +39,12 @@ class Size:
     max_new_tokens: int = 40
     teacher_steps: int = 80
     start_steps: int = 600
-    steps: int = 20
+    steps: int = 30
     fine_tuning_tokens: int = 512  # of a step of the first two
     batch_tokens: int = 384  # of a method's step
     teacher_lr: float = 2e-4
     start_lr: float = 1e-3
-    lr: float = 3e-4
+    lr: float = 1e-4
     databases: int = 3
     precision: str = "bf16"
     teacher_dtype: str = "bfloat16"

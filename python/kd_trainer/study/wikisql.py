@@ -97,7 +97,11 @@ def _of_folder(folder: Path, part: str) -> tuple[list[dict], Path]:
 def _lines(file: Path) -> Iterable[dict]:
     opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8")
     with opened as lines:
-        yield from map(json.loads, lines)
+        for place, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"study: {file}:{place} must be a line of JSON, got {error}") from error
 
 
 def question_of(record: Mapping, where: str) -> Question | None:
