@@ -1,10 +1,10 @@
 """Whether two queries say the same of a table: both are run by SQLite on rows that tell queries apart.
 
-A comparison of texts calls ``a = 1 AND b = 2`` wrong that is written the other way round, or a number in quotes; a run on the
-table's rows does not, but calls right what agrees by chance. So where a table has no rows of its own (the flat form of
-WikiSQL), or to make chance agreement rare (Zhong, Yu and Klein, "Semantic Evaluation for Text-to-SQL with Distilled Test
-Suites", arXiv 2010.02840), several databases are made of a table's gold queries, by a seed. Each query gets rows that fulfil its
-conditions, and for every condition a row that breaks this one alone.
+A comparison of texts calls a number in quotes wrong, or ``>= 3`` for ``> 2``; a run on the table's rows does not, but
+calls right what agrees by chance. A table that comes without rows (the flat form of WikiSQL) gets several databases,
+made of its gold queries by a seed, so that chance must strike in all of them (Zhong, Yu and Klein, "Semantic Evaluation
+for Text-to-SQL with Distilled Test Suites", arXiv 2010.02840). Each query has rows in them that fulfil its conditions,
+and for every condition a row that breaks this one alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Table:
             connection.create_collation("ANY_CASE", _compare)  # SQLite's own NOCASE knows ASCII alone
             connection.execute(f"CREATE TABLE t ({kinds})")
             connection.executemany(f"INSERT INTO t VALUES ({', '.join('?' * len(columns))})", rows)
-            connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY)
+            connection.set_authorizer(_permission)
             self._connections.append(connection)
 
     @classmethod
@@ -62,7 +62,7 @@ class Table:
 
 
 def execute(connection: sqlite3.Connection, sql: str) -> list[tuple] | None:
-    """The rows that a query returns, in an order of their own and with text in lower case; None where SQLite refuses it."""
+    """The rows that a query returns, sorted and with text in lower case; None where SQLite refuses it."""
     connection.set_progress_handler(lambda: 1, STEPS)
     try:
         rows = connection.execute(sql).fetchall()
@@ -72,6 +72,10 @@ def execute(connection: sqlite3.Connection, sql: str) -> list[tuple] | None:
         connection.set_progress_handler(None, 0)
     plain = [tuple(value.lower() if isinstance(value, str) else value for value in row) for row in rows]
     return sorted(plain, key=repr)
+
+
+def _permission(action: int, *_: object) -> int:
+    return sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY
 
 
 def _compare(one: str, other: str) -> int:

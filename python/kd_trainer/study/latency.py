@@ -1,8 +1,8 @@
 """What a step of each method costs beside a step of supervised fine-tuning: taken in turns, in one process.
 
-All methods take their steps with one student and one teacher, round by round, so that whatever slows the machine slows them
-alike; a learning rate of 0 keeps the student what it was, and with it the length of what it writes. A step is everything from
-the choice of its texts to the optimiser's: roll-outs, the teacher's pass, both passes of the student.
+All methods take their steps with one student and one teacher, round by round, so that whatever slows the machine slows
+them alike; a learning rate of 0 keeps the student what it was, and with it the length of what it writes. A step is
+everything from the choice of its texts to the optimiser's: roll-outs, the teacher's pass, both passes of the student.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def latency(stages: Stages, names: Sequence[str], rounds: int, warm_up: int = 1)
 
     Args:
         names: of the entries; the first is ``sft``.
-        rounds: steps of each that are measured, after ``warm_up`` that are not. Methods that write texts in some of their
-            steps only need many.
+        rounds: steps of each that are measured, after ``warm_up`` that are not. Methods that write texts in some of
+            their steps only need many.
     """
     assert names[0] == BASELINE
     accelerator = Accelerator(mixed_precision="bf16" if stages.size.precision == "bf16" else "no")
@@ -70,7 +70,8 @@ def _stepper(
     def step(index: int) -> None:
         for objective in method.objectives.values():
             objective.begin_step(index)
-        metrics = accumulate(accelerator, module, method, method.tokens.produce(method.tokens.step(index), index), config)
+        documents = method.tokens.produce(method.tokens.step(index), index)
+        metrics = accumulate(accelerator, module, method, documents, config)
         accelerator.clip_grad_norm_(module.parameters(), config.optim.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -39,7 +39,8 @@ ENTRIES: Mapping[str, Entry] = {
     "skd": Entry("SKD", "skd"),
     "first": Entry("FIRST", "first"),
 }
-"""DistiLLM's threshold is held at a half: a run of less than an epoch never validates, and would keep it at its start, 0."""
+"""By the names that --methods takes. DistiLLM's threshold is held at a half: a run of less than an epoch never
+validates, and would keep it at its start, 0."""
 
 
 def config_of(stages: Stages, name: str, seed: int) -> Config:

@@ -23,9 +23,9 @@ class Size:
         train_questions, dev_questions: chosen by hash, of those of at most max_length tokens with their query.
         method_questions: of the former, that the methods learn from and FIRST's cache holds.
         fidelity_questions: of the dev questions, on which students are compared with the teacher.
-        teacher_steps, start_steps, steps: of fine-tuning the teacher; of fine-tuning the cut before any method, with which all
-            methods start; of each method.
-        databases: that a query is executed on, with other seeded rows each; it is right when its result is on all of them.
+        teacher_steps, start_steps, steps: of fine-tuning the teacher; of fine-tuning the cut that all methods start
+            with; of each method.
+        databases: that a query is executed on, with other seeded rows each; it is right when it is on all of them.
         precision: that students and the fine-tuned teacher are trained in; the teacher scores in ``teacher_dtype``.
     """
 
@@ -77,8 +77,9 @@ def changed(size: Size, changes: Sequence[str]) -> Size:
 SIZES: Mapping[str, Size] = {
     "small": Size(),
     "full": Size(
-        train_questions=50_000, method_questions=50_000, dev_questions=2000, fidelity_questions=500, max_length=256, max_new_tokens=96, teacher_steps=3000, start_steps=1500,
-        steps=1500, fine_tuning_tokens=8192, batch_tokens=4096,
+        train_questions=50_000, method_questions=50_000, dev_questions=2000, fidelity_questions=500, max_length=256,
+        max_new_tokens=96, teacher_steps=800, start_steps=3000, steps=1500, fine_tuning_tokens=8192, batch_tokens=4096,
     ),
 }
-"""``small`` ends in hours on two cores; ``full`` is for a GPU: about an epoch for each of the three phases' own lengths."""
+"""``small`` ends in hours on two cores. ``full`` is for a GPU and has not been run yet: two epochs of the teacher, eight
+of the cut, two of each method."""

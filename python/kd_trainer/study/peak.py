@@ -23,8 +23,8 @@ class Peak:
 def peak_memory() -> Iterator[Peak]:
     """The largest number of bytes that were held at one time inside of the block, above what was held before it.
 
-    On a GPU, of tensors, by torch's allocator. Else of the process (resident memory), by Linux, whose high-water mark is
-    put back at the start, when what was freed before has been handed back.
+    On a GPU, of tensors, by torch's allocator. Else of the process (resident memory), by Linux, whose high-water mark
+    is put back at the start, when what was freed before has been handed back.
     """
     peak = Peak()
     gc.collect()

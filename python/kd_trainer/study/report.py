@@ -19,7 +19,7 @@ COLUMNS = {
 
 
 def collect(out: Path) -> dict[str, object]:
-    """Every result in a study's folder: ``{"teacher", "start", "runs": [...], "latency"}``, what is not there left out."""
+    """The results in a study's folder: ``{"teacher", "start", "runs": [...], "latency"}``, as far as they are there."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted((out / "results").glob("*.json"))}
     order = list(ENTRIES)
     runs = [result for result in found.values() if "seed" in result]
@@ -57,7 +57,8 @@ def table(result: Mapping) -> str:
         relative = f"{steps[name]['relative']:.2f}" if name in steps else ""
         speed, peak = values["tokens_per_s"][0], values["peak_bytes"][0]
         cells = [_number(key, values[key]) for key in COLUMNS]
-        lines.append([ENTRIES[name].label, *cells, relative, f"{speed:.0f}", "" if peak is None else f"{peak / 2**20:.0f} MiB"])
+        memory = "" if peak is None else f"{peak / 2**20:.0f} MiB"
+        lines.append([ENTRIES[name].label, *cells, relative, f"{speed:.0f}", memory])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -93,9 +93,9 @@ def kept(
     size = json.loads(json.dumps(dataclasses.asdict(stages.size)))  # tuples become lists, as in the file
     if file.is_file():
         found = json.loads(file.read_text())
-        differing = [key for key in size if found["size"].get(key) != size[key]]
-        if differing:
-            fail("study", differing[0], f"{found['size'].get(differing[0])} as in {file}", size[differing[0]], "choose another --out")
+        for key, value in size.items():
+            if (there := found["size"].get(key)) != value:
+                fail("study", key, f"{there} as in {file}", value, "choose another --out")
         return found
     file.parent.mkdir(parents=True, exist_ok=True)
     found = identity | make() | {"size": size}

@@ -1,4 +1,4 @@
-"""The queries of WikiSQL: one column, at most one aggregate, conditions joined by AND; read from and written as SQL text.
+"""The queries of WikiSQL as SQL, both ways: one column, at most one aggregate, conditions joined by AND.
 
 Zhong, Xiong and Socher, "Seq2SQL: Generating Structured Queries from Natural Language using Reinforcement Learning",
 arXiv 1709.00103. Every query is over one table, which is called ``t`` here.
@@ -66,7 +66,7 @@ def number(digits: str) -> int | float:
 
 
 def normalized(sql: str) -> str:
-    """A text by which queries are compared: in lower case, spaces and a final semicolon left out, conditions in one order.
+    """A text by which queries are compared: in lower case, with single spaces, conditions in one order, no semicolon.
 
     Case does not count inside of literals either, as in WikiSQL's own scorer.
     """

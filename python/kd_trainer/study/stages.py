@@ -39,7 +39,8 @@ class Stages:
 
     def data(self, part: str, limit: int | None = None) -> DataConfig:
         """The questions of one part as the trainer reads them; a prompt is not learned."""
-        return DataConfig(str(self.out / f"{part}.jsonl"), max_length=self.size.max_length, append_eos=True, limit=limit)
+        file = str(self.out / f"{part}.jsonl")
+        return DataConfig(file, max_length=self.size.max_length, append_eos=True, limit=limit)
 
     def write_questions(self) -> list[Question]:
         """Write both files. Returns the questions of the dev part."""
@@ -71,7 +72,8 @@ class Stages:
     def cache(self) -> Path:
         """The teacher's five likeliest tokens at every row of the training questions."""
         options = CacheOptions(k=FIRST_K, dtype=self.size.teacher_dtype)
-        build_cache(str(self.teacher_model), self.data("train", self.size.method_questions), self.out / "cache", options)
+        data = self.data("train", self.size.method_questions)
+        build_cache(str(self.teacher_model), data, self.out / "cache", options)
         return self.out / "cache"
 
     def _fine_tuning(self, name: str, student: StudentConfig, steps: int, lr: float) -> Config:

@@ -1,9 +1,10 @@
 """``kdk study text2sql``: what methods of distillation make of one student, on one task.
 
-KID (Zhong et al. 2024, arXiv 2410.11371) compares them on text-to-SQL. Here: WikiSQL, one table a question. A teacher is
-fine-tuned on it; the student is some layers of that teacher, fine-tuned likewise, because a cut alone says nothing sensible and
-because on-policy methods are meant for a student that does (GKD and DistiLLM begin so too). From there each method trains it for
-as many steps on as many tokens of the data, with several seeds, and each student is asked the same questions.
+KID (Zhong et al. 2024, arXiv 2410.11371) compares them on text-to-SQL. Here: WikiSQL, one table a question. A teacher
+is fine-tuned on it; the student is some layers of that teacher, fine-tuned likewise, because a cut alone says nothing
+sensible and on-policy methods are meant for a student that does (GKD and DistiLLM begin so too). From there each method
+trains it for as many steps on as many tokens of the data, with several seeds, and each student is asked the same
+questions.
 """
 
 from __future__ import annotations

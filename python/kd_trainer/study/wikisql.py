@@ -1,9 +1,9 @@
 """WikiSQL: questions about a table, with the queries that answer them, as prompts and completions.
 
-Three forms are read. A flat one (``{"table_id", "columns", "question", "sql": text}``), that of the ``datasets`` library
-(``{"question", "table": {"id", "header", "types", "rows"}, "sql": {"sel", "agg", "conds"}}``), and that of the release
-(``{"table_id", "question", "sql": {"sel", "agg", "conds"}}`` beside a file ``*.tables.jsonl``). Where tables come with rows,
-queries are executed on them; :mod:`.execution` makes rows for the others.
+Three forms are read. A flat one (``{"table_id", "columns", "question", "sql": text}``), that of the ``datasets``
+library (``{"question", "table": {"id", "header", "types", "rows"}, "sql": {"sel", "agg", "conds"}}``), and that of the
+release (``{"table_id", "question", "sql": {"sel", "agg", "conds"}}`` beside ``*.tables.jsonl``). Where tables come with
+rows, queries are executed on them; :mod:`.execution` makes rows for the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kd_trainer.data import datasets_records, is_saved_dataset
@@ -25,8 +25,9 @@ WHERE = "study"
 SPLITS = {"train": ("train",), "dev": ("dev", "validation")}
 """What files and splits of either part are called."""
 KEYWORDS = frozenset(
-    "all and as between by case check default distinct else end except exists for from group having in index into is join "
-    "limit no not null of on or order primary references select set table then to union unique using values when where".split()
+    "all and as between by case check default distinct else end except exists for from group having in index into is "
+    "join limit no not null of on or order primary references select set table then to union unique using values when "
+    "where".split()
 )
 
 
@@ -46,13 +47,14 @@ class Question:
 
     @property
     def completion(self) -> str:
-        """The query, with its values in the case that they have in the question: what cannot be known is not asked for."""
-        conditions = tuple(Condition(c.column, c.operator, as_asked(c.value, self.words)) for c in self.query.conditions)
-        return f" {Query(self.query.column, self.query.aggregate, conditions)}"
+        """The query, its values spelled as in the question: WikiSQL changes their case as nobody could know."""
+        conditions = (replace(c, value=as_asked(c.value, self.words)) for c in self.query.conditions)
+        return f" {replace(self.query, conditions=tuple(conditions))}"
 
     @property
     def hash(self) -> str:
-        return hashlib.blake2b(json.dumps([self.table, self.words, str(self.query)]).encode(), digest_size=8).hexdigest()
+        content = json.dumps([self.table, self.words, str(self.query)])
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def as_asked(value: str | int | float, words: str) -> str | int | float:
@@ -91,7 +93,8 @@ def _of_folder(folder: Path, part: str) -> tuple[list[dict], Path]:
                     by_name = {table["id"]: table for table in _lines(tables)}
                     records = [record | {"table": by_name[record["table_id"]]} for record in records]
                 return records, file
-    raise FileNotFoundError(f"study: --data must hold {' or '.join(SPLITS[part])}.jsonl or .jsonl.gz, got {str(folder)!r}")
+    names = " or ".join(SPLITS[part])
+    raise FileNotFoundError(f"study: --data must hold {names}.jsonl or .jsonl.gz, got {str(folder)!r}")
 
 
 def _lines(file: Path) -> Iterable[dict]:
@@ -116,7 +119,8 @@ def question_of(record: Mapping, where: str) -> Question | None:
         rows = tuple(map(tuple, table["rows"])) if table.get("rows") else None
         return Question(table["id"], columns, words, _structured(sql, columns, table["types"]), rows)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        fail(WHERE, where, "a question of WikiSQL (question, sql, and columns or a table)", f"{type(error).__name__}: {error}")
+        what = "a question of WikiSQL (question, sql, and columns or a table)"
+        fail(WHERE, where, what, f"{type(error).__name__}: {error}")
 
 
 def _structured(sql: Mapping, columns: tuple[str, ...], types: list[str]) -> Query:
@@ -131,7 +135,8 @@ def _structured(sql: Mapping, columns: tuple[str, ...], types: list[str]) -> Que
 
 
 def column_names(header: list[str]) -> tuple[str, ...]:
-    """Names that SQL takes without quotes: ``Text/background colour`` is ``text_background_colour``, ``No.`` is ``c_no``."""
+    """Names that SQL takes without quotes: ``Text/background colour`` is ``text_background_colour``, ``No.`` is
+    ``c_no``."""
     names: list[str] = []
     for title in header:
         name = re.sub(r"\W+", "_", title.lower()).strip("_") or "c"

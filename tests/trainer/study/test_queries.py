@@ -88,7 +88,7 @@ def test_damaged_queries_are_left_out_and_damaged_records_refused(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert len(read_questions(str(tmp_path), "dev")) == 1
     file.write_text(json.dumps(lines[1]))
-    with pytest.raises(ValueError, match="study: --data must be a source of WikiSQL's questions, got none in .*dev.jsonl"):
+    with pytest.raises(ValueError, match="study: --data must be a source of WikiSQL's questions, got none in .*dev"):
         read_questions(str(tmp_path), "dev")
     file.write_text(json.dumps({"question": "Which?", "sql": "SELECT a FROM t"}))
     with pytest.raises(ValueError, match=r"study: .*dev.jsonl:1 must be a question of WikiSQL .*'table_id'"):
@@ -105,7 +105,8 @@ def test_column_names_are_sql_and_differ():
 
 
 def test_a_completion_spells_values_as_the_question_does():
-    query = Query("a", "", (Condition("b", "=", "south (australia)"), Condition("c", "=", "Absent"), Condition("d", ">", 2)))
+    values = Condition("b", "=", "south (australia)"), Condition("c", "=", "Absent"), Condition("d", ">", 2)
+    query = Query("a", "", values)
     question = Question("1", ("a", "b", "c", "d"), "Notes for South (Australia) above 2?", query)
     assert question.completion == " SELECT a FROM t WHERE b = 'South (Australia)' AND c = 'Absent' AND d > 2"
     assert question.prompt == "table: a, b, c, d\nquestion: Notes for South (Australia) above 2?\nsql:"
