@@ -106,13 +106,6 @@ def train(config: Config) -> Path:
         checkpoint.restore(resume_from, accelerator, going_on)
     module.train()
 
-    def own(documents: Sequence[Document]) -> list[Document]:
-        """This process's share."""
-        return deal(documents, accelerator.num_processes)[accelerator.process_index]
-
-    def add_gradient(documents: Sequence[Document], of_all: bool = False) -> dict[str, float]:
-        return accumulate(accelerator, module, method, own(documents) if of_all else documents, config)
-
     is_main = accelerator.is_main_process
     log = _Log(out, config, first_step, is_main)
     bar = progress(total=steps, initial=first_step, desc=method.name, unit="step", disable=not is_main)
@@ -122,25 +115,9 @@ def train(config: Config) -> Path:
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["pace"]
-            share = own(method.tokens.step(step))
-            for objective in method.objectives.values():
-                objective.begin_step(step)
-            documents = method.tokens.produce(share, step)
-            following = plan.step(step + 1) if step + 1 < steps else []
-            method.teacher.expect([*documents, *own([method.tokens.documents[i] for i in following])])
-            ahead = method.before_step(step, documents, add_gradient)
-            metrics = add_gradient(documents) | ahead
-            norm = accelerator.clip_grad_norm_(module.parameters(), config.optim.clip or math.inf)
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(float(norm))):
-                raise ValueError(
-                    f"train: loss and gradient must be finite, got {metrics['loss']} and {float(norm)} at step "
-                    f"{step + 1}; lower optim.lr, raise optim.warmup, or look at the data of that step"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            metrics |= method.after_step(step, metrics)
+            metrics = take_step(accelerator, module, optimizer, method, config, step, step + 1 == steps)
             seconds, count = time.perf_counter() - began, metrics["tokens"]
-            metrics |= {"grad_norm": float(norm), "lr": lr, "tokens_per_s": count / seconds}
+            metrics |= {"lr": lr, "tokens_per_s": count / seconds}
             log.write(step + 1, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{count / seconds:.0f}", refresh=False)
             bar.update()
@@ -154,6 +131,50 @@ def train(config: Config) -> Path:
     if is_main:
         plot_run(out / "metrics.jsonl", out / "plot.png")
     return out / "model"
+
+
+def take_step(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, method: Method, config: Config, step: int,
+    is_last: bool,
+) -> dict[str, float]:
+    """One step of the optimiser, from the choice of its texts to the method's schedules.
+
+    Args:
+        module: a :class:`LossModule` of the method's objectives, as accelerate prepared it.
+        is_last: no step comes after it whose rows could be read ahead.
+
+    Returns:
+        What :func:`accumulate` and the method's hooks say of it, and ``grad_norm``.
+
+    Raises:
+        ValueError: no row counts; a loss or gradient that is not finite.
+    """
+
+    def own(documents: Sequence[Document]) -> list[Document]:
+        """This process's share."""
+        return deal(documents, accelerator.num_processes)[accelerator.process_index]
+
+    def add_gradient(documents: Sequence[Document], of_all: bool = False) -> dict[str, float]:
+        return accumulate(accelerator, module, method, own(documents) if of_all else documents, config)
+
+    tokens = method.tokens
+    share = own(tokens.step(step))
+    for objective in method.objectives.values():
+        objective.begin_step(step)
+    documents = tokens.produce(share, step)
+    following = [] if is_last else tokens.plan.step(step + 1)
+    method.teacher.expect([*documents, *own([tokens.documents[i] for i in following])])
+    ahead = method.before_step(step, documents, add_gradient)
+    metrics = add_gradient(documents) | ahead
+    norm = float(accelerator.clip_grad_norm_(module.parameters(), config.optim.clip or math.inf))
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+        raise ValueError(
+            f"train: loss and gradient must be finite, got {metrics['loss']} and {norm} at step {step + 1}; lower "
+            "optim.lr, raise optim.warmup, or look at the data of that step"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return metrics | method.after_step(step, metrics) | {"grad_norm": norm}
 
 
 def accumulate(

@@ -95,7 +95,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from kd_kernels.cache import CacheReader
     from kd_trainer.files import progress
 
-    _check_teacher_and_data("verify_cache", arguments)
+    _check_given_with_data("verify_cache", arguments, "teacher")
     reader = CacheReader(arguments.folder)
     with progress(total=reader.bytes, desc="read", unit="B", unit_scale=True) as bar:
         reader.verify(bar.update)
@@ -109,11 +109,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if verdict.passed else 1
 
 
-def _check_teacher_and_data(where: str, arguments: argparse.Namespace) -> None:
+def _check_given_with_data(where: str, arguments: argparse.Namespace, name: str) -> None:
     from kd_trainer.errors import fail
 
-    if (arguments.teacher is None) != (arguments.data is None):
-        fail(where, "--teacher and --data", "given together", "one of them")
+    if (getattr(arguments, name) is None) != (arguments.data is None):
+        fail(where, f"--{name} and --data", "given together", "one of them")
 
 
 def _verdict(reader, arguments: argparse.Namespace, documents: int):
@@ -148,7 +148,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from kd_kernels.cache import CacheReader
     from kd_trainer.caching.report import report
 
-    _check_teacher_and_data("report", arguments)
+    _check_given_with_data("report", arguments, "teacher")
     reader = CacheReader(arguments.folder)
     verdict = None if arguments.teacher is None else _verdict(reader, arguments, arguments.compared)
     found = report(reader, documents=arguments.documents, verdict=verdict)
@@ -195,11 +195,9 @@ def _export(arguments: argparse.Namespace) -> None:
     from kd_kernels.cache import CacheReader, content_key
     from kd_trainer.caching.exporting import export_cache
     from kd_trainer.data import load_documents
-    from kd_trainer.errors import fail
     from kd_trainer.models import load_tokenizer
 
-    if (arguments.tokenizer is None) != (arguments.data is None):
-        fail("export_cache", "--tokenizer and --data", "given together", "one of them")
+    _check_given_with_data("export_cache", arguments, "tokenizer")
     tokens = None
     if arguments.data is not None:
         manifest = CacheReader(arguments.folder).manifest

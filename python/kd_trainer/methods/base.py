@@ -237,8 +237,8 @@ class Method:
     tokens: TokenSource
     teacher: Teacher = field(default_factory=NoTeacher)
     objectives: Mapping[str, Objective] = field(default_factory=dict)
-    before_step: Callable[[int, Sequence[Document], AddGradient], dict[str, float]] = _nothing
-    after_step: Callable[[int, Mapping[str, float]], dict[str, float]] = _nothing
+    before_step: Callable[[int, Sequence[Document], AddGradient], dict[str, float]] = field(default=_nothing, kw_only=True)
+    after_step: Callable[[int, Mapping[str, float]], dict[str, float]] = field(default=_nothing, kw_only=True)
 
     @classmethod
     def single(cls, name: str, tokens: TokenSource, teacher: Teacher, objective: Objective, **hooks: Any) -> Method:

@@ -17,7 +17,7 @@ from kd_trainer import methods
 from kd_trainer.files import progress
 from kd_trainer.study.lineup import ENTRIES, config_of
 from kd_trainer.study.stages import Stages
-from kd_trainer.trainer import LossModule, accumulate, load_parts
+from kd_trainer.trainer import LossModule, load_parts, take_step
 
 BASELINE = "sft"
 
@@ -61,20 +61,10 @@ def latency(stages: Stages, names: Sequence[str], rounds: int, warm_up: int = 1)
 
 def _stepper(
     stages: Stages, name: str, parts: methods.Parts, accelerator: Accelerator, optimizer: torch.optim.Optimizer
-) -> Callable[[int], None]:
+) -> Callable[[int], object]:
     """One optimiser step of a method, as :func:`~kd_trainer.trainer.train` takes it."""
     config = config_of(stages, name, 0)
     method = methods.build(config, parts)
     module = accelerator.prepare(LossModule(parts.student, method.objectives)).train()
 
-    def step(index: int) -> None:
-        for objective in method.objectives.values():
-            objective.begin_step(index)
-        documents = method.tokens.produce(method.tokens.step(index), index)
-        metrics = accumulate(accelerator, module, method, documents, config)
-        accelerator.clip_grad_norm_(module.parameters(), config.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step(index, metrics)
-
-    return step
+    return lambda index: take_step(accelerator, module, optimizer, method, config, index, is_last=False)
