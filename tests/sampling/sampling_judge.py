@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +25,18 @@ def tensors(arguments: Arguments) -> Arguments:
     """Lists as tensors: int64, or fp64, in which 0.3 is the 0.3 of the oracle."""
     as_tensor = lambda x: torch.tensor(x, dtype=torch.int64 if isinstance(x[0], int) else torch.float64)  # noqa: E731
     return {name: as_tensor(value) if isinstance(value, list) else value for name, value in arguments.items()}
+
+
+def far_apart(one: Tensor, other: Tensor) -> Tensor:
+    """``[2, V]``: two rows more than an int32 of elements apart, which takes addresses and little memory."""
+    columns = one.shape[0]
+    try:
+        memory = torch.empty((1 << 31) + 2 * columns)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for 2^31 elements: {error}")
+    far = memory.as_strided((2, columns), ((1 << 31) + columns, 1))
+    far[0], far[1] = one, other
+    return far
 
 
 def plain(row: Tensor, left: list[float], token: int, temperature: float) -> list[float]:

@@ -17,6 +17,7 @@ import oracles
 from kd_kernels import Accepted, EnsembleLogits, LinearLogits, accept_or_resample, sample, testing, token_stats
 from kd_kernels.sampling import philox, residual
 from kd_kernels.testing import assert_as_good
+from sampling_judge import far_apart
 from test_distribution import g_test
 
 DRAWS = (Path(philox.__file__).parent / "DRAWS.md").read_text()
@@ -313,12 +314,7 @@ def test_a_residual_without_ids_falls_back_to_the_teacher(backend: str) -> None:
 
 
 def test_rows_apart_by_more_than_an_int32_of_elements(backend: str) -> None:
-    try:
-        memory = torch.empty((1 << 31) + 600)  # 8 GiB of addresses, of which the rows touch a few pages
-    except RuntimeError as error:
-        pytest.skip(f"no address space for 2^31 elements: {error}")
-    far = memory.as_strided((2, 300), ((1 << 31) + 300, 1))
-    far[0], far[1] = TEACHER_ROW, STUDENT_ROW
+    far = far_apart(TEACHER_ROW, STUDENT_ROW)
     near = torch.stack([TEACHER_ROW, STUDENT_ROW])
     for rule in ({"k": 3}, {"rule": "speculative"}):
         one, other = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers_fixtures import fresh_accelerator, one_thread  # noqa: F401  (
 
 from kd_trainer.config import Config, from_tree
 from kd_trainer.tiny import save_tiny_model, tiny_texts
+from kd_trainer.trainer import learning_rate
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +47,24 @@ def make_config(tiny: Path, text: Path, tmp_path: Path):
         return from_tree(Config, tree)
 
     return make
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch):
+    """``with killed_at(step):`` a training inside of it dies as that step, counted from 0, begins."""
+
+    class Killed(Exception):
+        pass
+
+    @contextlib.contextmanager
+    def killed(step: int):
+        def dies(index, *rest):
+            if index == step:
+                raise Killed
+            return learning_rate(index, *rest)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr("kd_trainer.trainer.learning_rate", dies)
+            yield
+
+    return killed

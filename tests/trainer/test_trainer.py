@@ -134,7 +134,7 @@ def test_bf16_follows_fp32(make_config, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [2, 3])
-def test_a_resumed_run_ends_with_the_same_bits(make_config, tmp_path, monkeypatch, stop):
+def test_a_resumed_run_ends_with_the_same_bits(make_config, tmp_path, killed_at, stop):
     """Six steps at once, and six steps of which the process dies after some; dropout makes the generators matter."""
     model = tmp_path / "dropout"
     save_tiny_model(model)
@@ -143,16 +143,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_config, tmp_path, monkeypatc
     options = dict(student={"model": str(model)}, train={"steps": 6, "save_every": 2, "keep_checkpoints": 1})
     whole = train(make_config(out=str(tmp_path / "whole"), **options))
 
-    class Killed(Exception):
-        pass
-
-    def dies(step, *rest):
-        if step == stop:
-            raise Killed
-        return learning_rate(step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("kd_trainer.trainer.learning_rate", dies)
+    with killed_at(stop):
         train(make_config(out=str(tmp_path / "halves"), **options))
     assert [path.name for path in (tmp_path / "halves" / "checkpoints").iterdir()] == ["step-00000002"]
     torch.rand(7)  # the generator is somewhere else now

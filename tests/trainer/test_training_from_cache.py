@@ -16,7 +16,7 @@ from kd_trainer.config import DataConfig
 from kd_trainer.data import collate, load_documents
 from kd_trainer.models import load_tokenizer, vocab_of
 from kd_trainer.teachers import CachedTeacher
-from kd_trainer.trainer import learning_rate, train
+from kd_trainer.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +87,11 @@ def test_the_same_rows_are_found_however_the_data_are_cut(kd, whole, changes):
     assert_the_same_run(kd("live", **changes), kd("cached", whole, **changes), rel=1e-3)
 
 
-def test_resumed_in_the_middle_of_an_epoch(kd, whole, monkeypatch):
+def test_resumed_in_the_middle_of_an_epoch(kd, whole, killed_at):
     options = {"train": {"steps": 6, "save_every": 2}}
     live = kd("live", **options)
 
-    def dies(step, *rest):
-        if step == 3:
-            raise KeyboardInterrupt
-        return learning_rate(step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("kd_trainer.trainer.learning_rate", dies)
+    with killed_at(3):
         kd("cached", whole, **options)
     assert_the_same_run(live, kd("cached", whole, **options), rel=1e-4)
 

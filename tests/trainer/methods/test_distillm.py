@@ -17,7 +17,6 @@ from kd_trainer.config import Config, from_tree, to_yaml
 from kd_trainer.data import Document, Plan
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective
 from kd_trainer.teachers import LiveTeacher
-from kd_trainer.tiny import save_tiny_model
 from kd_trainer.tokens import OffPolicyTokens, ReplayBuffer, Schedule, uniform
 from kd_trainer.trainer import load_parts, train
 from processes import launch_kdk
@@ -134,14 +133,6 @@ def test_a_threshold_that_stays_validates_nothing():
 
 
 # -------------------------------------------------------------------------------------------------------- as a method
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(5)
-    save_tiny_model(folder, layers=2)
-    return str(folder)
 
 
 @pytest.fixture

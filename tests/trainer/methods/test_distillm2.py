@@ -13,7 +13,6 @@ from kd_trainer.config import Config, from_tree
 from kd_trainer.data import Document, collate
 from kd_trainer.methods.distillm2 import OneAuthor, Options
 from kd_trainer.teachers import LiveTeacher
-from kd_trainer.tiny import save_tiny_model
 from kd_trainer.trainer import load_parts
 from objective_judge import VOCAB, check, toy
 from toy_models import logprobs, sequence_logprob, texts, toy_model
@@ -126,14 +125,6 @@ def test_the_pair_over_all_that_both_can_write():
 
 
 # -------------------------------------------------------------------------------------------------------- as a method
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(5)
-    save_tiny_model(folder, layers=2)
-    return str(folder)
 
 
 @pytest.fixture

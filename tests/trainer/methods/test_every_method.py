@@ -17,7 +17,7 @@ from kd_trainer.caching.build import build_cache
 from kd_trainer.caching.options import CacheOptions
 from kd_trainer.config import DataConfig
 from kd_trainer.tiny import save_tiny_model
-from kd_trainer.trainer import learning_rate, train
+from kd_trainer.trainer import train
 
 WRITTEN = {"prompt_tokens": 6, "max_new_tokens": 12}
 CASES: dict[str, dict] = {
@@ -113,21 +113,12 @@ def test_every_method_has_a_case():
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_a_run_lowers_its_objective_and_resumes_exactly(name, method_config, tmp_path, monkeypatch):
+def test_a_run_lowers_its_objective_and_resumes_exactly(name, method_config, tmp_path, killed_at):
     whole = train(method_config(name, tmp_path / "whole"))
     losses = [line[LOWERED.get(name, "loss")] for line in metrics(tmp_path / "whole")]
     assert losses[-1] < losses[0], losses
 
-    class Killed(Exception):
-        pass
-
-    def dies(step, *rest):
-        if step == 3:
-            raise Killed
-        return learning_rate(step, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("kd_trainer.trainer.learning_rate", dies)
+    with killed_at(3):
         train(method_config(name, tmp_path / "halves"))
     torch.rand(3)  # the generator is somewhere else now
     halves = train(method_config(name, tmp_path / "halves"))

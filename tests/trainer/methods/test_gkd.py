@@ -15,7 +15,6 @@ from kd_trainer.config import Config, from_tree, to_yaml
 from kd_trainer.data import Plan, collate
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective
 from kd_trainer.teachers import LiveTeacher
-from kd_trainer.tiny import save_tiny_model
 from kd_trainer.tokens import MixedTokens, Writer
 from kd_trainer.trainer import load_parts, train
 from processes import launch_kdk
@@ -126,14 +125,6 @@ def test_the_mixture_minimises_the_mixed_objective(each, models):
 
 
 # ----------------------------------------------------------------------------------------------------- as methods
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(5)
-    save_tiny_model(folder, layers=2)
-    return str(folder)
 
 
 @pytest.fixture
