@@ -24,9 +24,10 @@ def terms(models, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor,
     p, q, ce = [], [], torch.zeros((), dtype=torch.float64)
     for document in DOCUMENTS:
         labels = document.tokens[1:][document.counted]
-        for model, found in zip(models, (p, q)):
-            found.append((logprobs(model, document.tokens)[document.counted] / temperature).log_softmax(-1))
-        ce = ce - logprobs(models[1], document.tokens)[document.counted].gather(1, labels[:, None]).sum()
+        of_p, of_q = (logprobs(model, document.tokens)[document.counted] for model in models)
+        p.append((of_p / temperature).log_softmax(-1))
+        q.append((of_q / temperature).log_softmax(-1))
+        ce = ce - of_q.gather(1, labels[:, None]).sum()
     return torch.cat(p).detach(), torch.cat(q), ce
 
 
