@@ -315,12 +315,17 @@ def cache(results: dict) -> str:
 # --------------------------------------------------------------------------------------------------------- the methods
 
 
+def command(config: str | None, line: str, printed: str = "") -> str:
+    """A YAML file, and a command with what it printed."""
+    file = "" if config is None else f"```yaml\n{config.strip()}\n```\n\n"
+    return f"{file}```\n$ {line}\n{printed}```"
+
+
 def example(results: dict, name: str) -> str:
-    """A run of docs/methods.md: its file, its command, and what that printed."""
+    """A run of docs/methods.md."""
     shown = results["examples"][name]
-    config = "" if shown["config"] is None else f"```yaml\n{shown['config'].strip()}\n```\n\n"
-    metrics = f"\n\n# lines of metrics.jsonl, some fields left out\n{shown['metrics']}" if shown["metrics"] else ""
-    return f"{config}```\n$ {shown['command']}\n{shown['output']}{metrics}\n```"
+    metrics = f"\n# lines of metrics.jsonl, some fields left out\n{shown['metrics']}\n" if shown["metrics"] else ""
+    return command(shown["config"], shown["command"], f"{shown['output']}\n{metrics}")
 
 
 def on_policy(results: dict) -> str:
