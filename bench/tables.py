@@ -312,6 +312,44 @@ def cache(results: dict) -> str:
     return f"With `run.yaml` as\n\n```yaml\n{results['config'].strip()}\n```\n\nthe whole way is\n\n```\n{shown}\n```"
 
 
+# --------------------------------------------------------------------------------------------------------- the methods
+
+
+def example(results: dict, name: str) -> str:
+    """A run of docs/methods.md: its file, its command, and what that printed."""
+    shown = results["examples"][name]
+    config = "" if shown["config"] is None else f"```yaml\n{shown['config'].strip()}\n```\n\n"
+    metrics = f"\n\n# lines of metrics.jsonl, some fields left out\n{shown['metrics']}" if shown["metrics"] else ""
+    return f"{config}```\n$ {shown['command']}\n{shown['output']}{metrics}\n```"
+
+
+def on_policy(results: dict) -> str:
+    """Seconds of a step by where its texts come from."""
+    rows = [
+        [run, origin, f"{found['median_s']:.2f}", f"{found['of_sft']:.2f}", str(found["steps"])]
+        for run, origins in results["runs"].items() for origin, found in origins.items()
+    ]
+    header = ["method", "its texts", "seconds a step", "of SFT's", "steps"]
+    return table(header, rows) + f"\n\nMedians, on {results['machine']['model']}, {results['machine']['threads']} threads."
+
+
+def kid(results: dict) -> str:
+    """KID's readings beside each other."""
+    columns = {
+        f"{key} on {where}": f"{title}, {short}"
+        for where, short in (("the text", "text"), ("its own text", "own"))
+        for key, title in (("forward_kl", r"KL(p\|\|q)"), ("reverse_kl", r"KL(q\|\|p)"))
+    }
+    rows = []
+    for name, found in results["variants"].items():
+        spread = found["deviation"] or {}
+        shown = [f"{found['mean'][key]:.3f}" + (f" ± {spread[key]:.3f}" if spread else "") for key in columns]
+        rows.append([name, f"{found['processor time over sft']:.2f}", *shown])
+    seeds = len(results["settings"]["seeds"])
+    about = f"{results['settings']['steps']} steps, {seeds} seed{'s' * (seeds > 1)}" + "; ± is the standard deviation" * (seeds > 1)
+    return table(["", "processor time / SFT", *columns.values()], rows) + f"\n\n{about}."
+
+
 # ----------------------------------------------------------------------------------------------------------- the study
 
 

@@ -120,10 +120,7 @@ class SequenceMatch(Objective):
 
 def build(config: Config, parts: Parts) -> Method:
     options, name, end = config.options, config.options.backspace, parts.tokenizer.eos_token_id
-    backspace = parts.tokenizer.convert_tokens_to_ids(name)
-    if backspace not in range(parts.student.vocab) or backspace == parts.tokenizer.unk_token_id:
-        remedy = "add it to the tokenizer and resize the model's embeddings, or name one that texts never use"
-        fail("config", "options.backspace", "a token of the vocabulary", repr(name), remedy)
+    backspace = parts.token_id("options.backspace", name)
     used = sum(bool((document.tokens[document.first_target :] == backspace).any()) for document in parts.documents)
     if used:
         got = f"{name!r}, which is in {used} of {len(parts.documents)}"

@@ -210,7 +210,7 @@ def test_settings_out_of_range(make_config, models, tiny, method, options, messa
 
 
 def test_kid_wants_a_teacher_that_runs_and_something_to_learn_from_it(make_config, models, tiny):
-    with pytest.raises(ValueError, match="cache must be absent for method kid, which scores contexts that no cache holds"):
+    with pytest.raises(ValueError, match="cache must be absent for method kid, whose teacher must run"):
         make_config(method="kid", teacher={"model": str(tiny)}, cache="somewhere")
     with pytest.raises(ValueError, match="teacher.model must be given for method kid"):
         make_config(method="kid")

@@ -35,7 +35,8 @@ def exits(student: CausalLM, documents: list[Document]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("scale", "weights"), [
-    ("one", [1, 1, 1, 1]), ("l", [1, 2, 3, 4]), ("sum", [1, 3, 6, 10]), ("inverse", [1 / 4, 1 / 3, 1 / 2, 1]),
+    ("one", [1, 1, 1, 1]), ("l", [1, 2, 3, 4]), ("sum", [1, 3, 6, 10]), ("sqrt", [1, 2**0.5, 3**0.5, 2]),
+    ("inverse", [1 / 4, 1 / 3, 1 / 2, 1]),
 ])
 @pytest.mark.parametrize("distil", [False, True])
 def test_losses_of_all_exits(student, scale, weights, distil):

@@ -156,7 +156,7 @@ def test_the_buffer_goes_with_a_checkpoint(method):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"backspace": "<gone>"}, "options.backspace must be a token of the vocabulary, got '<gone>'; add it to the token"),
+    ({"backspace": "<gone>"}, "options.backspace must be a token of the vocabulary, got '<gone>'; name one that texts"),
     ({"alpha": 0.0}, "options.alpha must be finite and greater than 0, got 0.0"),
     ({"gamma": 1.0}, r"options.gamma must be in \[0, 1\), got 1.0"),
     ({"mistakes": -0.1}, r"options.mistakes must be in \[0, 1\), got -0.1"),
