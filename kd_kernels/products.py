@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import _check, heads
-from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, vocab
+from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, leading_shape, vocab
 
 DEFAULT_SCRATCH_BYTES = {"cpu": 256 << 20}
 """Scratch that a verb takes when the caller gives no ``max_scratch_bytes``, by device type."""
@@ -253,6 +253,8 @@ def source(
 
 def flattened(logits: Logits) -> Logits:
     """The same noun with one leading dimension. Differentiable; views where they are possible."""
+    if len(leading_shape(logits)) == 1:
+        return logits
     if isinstance(logits, Tensor):
         return logits.reshape(-1, logits.shape[-1])
     if isinstance(logits, LinearLogits):

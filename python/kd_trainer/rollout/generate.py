@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
@@ -71,7 +72,7 @@ def _generate(
     count, steps = len(prompts), max(budgets)
     decoder = Decoder(where, model, count, max(len(prompt) + budget for prompt, budget in zip(prompts, budgets)))
     rows = list(range(count))  # the sequence that each row of the decoder writes
-    record = Record(count, steps, model.device)
+    record = Record(count, model.device)
     ends: list[tuple[int, str] | None] = [None] * count
     keys, positions = keys.to(model.device), torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     hidden = decoder.feed_prompts(prompts)[:, -1]
@@ -81,7 +82,7 @@ def _generate(
             without(logits, options.stop_ids if step < options.min_new_tokens else ()), options.sampling, seed, keys,
             positions + step, own=logits, entropy=options.entropy,
         )
-        record.write(rows, step, drawn)
+        record.write(rows, drawn)
         for row, (i, token) in enumerate(zip(rows, drawn.ids.tolist())):
             if token < 0:
                 fail_logits(where, i, len(prompts[i]) + step)
@@ -157,23 +158,30 @@ def fail_logits(where: str, sequence: int, position: int) -> NoReturn:
 class Record:
     """What was drawn, on the device, until all is finished."""
 
-    def __init__(self, rows: int, steps: int, device: torch.device) -> None:
-        self._shape, self._device = (rows, steps), device
-        self._fields: dict[str, Tensor] = {}
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._steps: list[tuple[list[int], Sampled]] = []
 
-    def write(self, rows: Sequence[int], step: int, drawn: Sampled) -> None:
-        index = torch.tensor(rows, device=self._device)
-        for name in ("ids", "logprobs", "model_logprobs", "entropy"):
-            if (values := getattr(drawn, name)) is not None:
-                if name not in self._fields:
-                    self._fields[name] = torch.zeros(self._shape, dtype=values.dtype, device=self._device)
-                self._fields[name][index, step] = values
+    def write(self, rows: list[int], drawn: Sampled) -> None:
+        """What the next step drew for some rows."""
+        self._steps.append((rows, drawn))
+
+    def _field(self, name: str) -> Tensor | None:
+        """``[B, steps]``, 0 where nothing was drawn. Steps of the same rows are written together."""
+        first = getattr(self._steps[0][1], name)
+        if first is None:
+            return None
+        values, begin = first.new_zeros(self._rows, len(self._steps)), 0
+        for rows, steps in itertools.groupby(self._steps, lambda step: step[0]):
+            new = torch.stack([getattr(drawn, name) for _, drawn in steps], 1)
+            values[torch.tensor(rows, device=self._device), begin : begin + new.shape[1]] = new
+            begin += new.shape[1]
+        return values.cpu()
 
     def result(self, prompts: Sequence[Tensor], ends: Sequence[tuple[int, str]]) -> RollOuts:
         def cut(name: str) -> tuple[Tensor, ...] | None:
-            if name not in self._fields:
-                return None
-            return tuple(row[:length].clone() for row, (length, _) in zip(self._fields[name].cpu(), ends))
+            values = self._field(name)
+            return None if values is None else tuple(row[:length].clone() for row, (length, _) in zip(values, ends))
 
         return RollOuts(
             tuple(prompts), cut("ids"), tuple(reason for _, reason in ends), cut("logprobs"), cut("model_logprobs"),
