@@ -92,7 +92,8 @@ class RolloutConfig:
     """How methods that train on generated text generate it."""
 
     max_new_tokens: int = 128
-    prompt_tokens: int | None = None  # of a text without a prompt: so many first tokens are one; None: such texts are refused
+    # Of a text without a prompt: so many first tokens are one; None: such texts are refused.
+    prompt_tokens: int | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -244,7 +245,9 @@ def from_tree(kind: type, tree: dict, prefix: str = ""):
 
 def _merged(defaults: typing.Mapping, tree: typing.Mapping) -> dict:
     """``tree``, with keys of ``defaults`` where it has none, section by section."""
-    both = {key: _merged(defaults[key], tree[key]) for key in defaults.keys() & tree.keys() if isinstance(tree[key], dict)}
+    both = {
+        key: _merged(defaults[key], tree[key]) for key in defaults.keys() & tree.keys() if isinstance(tree[key], dict)
+    }
     return {**defaults, **tree, **both}
 
 

@@ -46,8 +46,8 @@ class MethodSpec:
         source: the paper.
         build: puts it together out of a configuration and what was loaded for it.
         options: frozen dataclass of its own settings; its defaults are the paper's.
-        defaults: other keys of the configuration that the paper decides, as a tree: ``{"objective": {...}}``. What the user
-            writes goes before them.
+        defaults: other keys of the configuration that the paper decides, as a tree: ``{"objective": {...}}``. What the
+            user writes goes before them.
         needs: keys of :data:`NEEDS`.
     """
 
@@ -102,7 +102,8 @@ def register(spec: MethodSpec) -> MethodSpec:
 
 def specs() -> dict[str, MethodSpec]:
     """Every method by its name."""
-    importlib.import_module("kd_trainer.methods")  # each file registers its own; they import the configuration, which imports us
+    # Each file registers its own; they import the configuration, which imports us.
+    importlib.import_module("kd_trainer.methods")
     return dict(sorted(_specs.items()))
 
 

@@ -81,5 +81,5 @@ SIZES: Mapping[str, Size] = {
         max_new_tokens=96, teacher_steps=800, start_steps=3000, steps=1500, fine_tuning_tokens=8192, batch_tokens=4096,
     ),
 }
-"""``small`` ends in hours on two cores. ``full`` is for a GPU and has not been run yet: two epochs of the teacher, eight
-of the cut, two of each method."""
+"""``small`` ends in hours on two cores. ``full`` is for a GPU and has not been run yet: two epochs of the teacher,
+eight of the cut, two of each method."""
