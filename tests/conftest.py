@@ -38,12 +38,13 @@ _did_not_run: collections.Counter[str] = collections.Counter()
 
 
 EVERY = 40
-"""Of the cases that every backend shares, the interpreter (a hundred times slower than a kernel) runs one in so many."""
+"""Of the cases that every backend shares, the interpreter (a hundred times slower than a kernel) runs one in so
+many."""
 
 
 def _thinned(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Cases of backend="triton" that the interpreter leaves out: all but one in EVERY, the first of each test, and the first of
-    each divergence in a file.
+    """Cases of backend="triton" that the interpreter leaves out: all but one in EVERY, the first of each test, and the
+    first of each divergence in a file.
 
     Which, is a hash of the case's name: the same ones every time. KD_INTERPRET_ALL=1 runs all.
     """
@@ -68,7 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("interpret") and not interpreted:
             item.add_marker(pytest.mark.skip(reason="interpret: needs a process of its own, with TRITON_INTERPRET=1"))
     left_out = _thinned(items)
-    _did_not_run[f"triton in the interpreter, where one case in {EVERY} is taken (KD_INTERPRET_ALL=1: all)"] += len(left_out)
+    _did_not_run[
+        f"triton in the interpreter, where one case in {EVERY} is taken (KD_INTERPRET_ALL=1: all)"
+    ] += len(left_out)
     items[:] = [item for item in items if item not in left_out]
 
 
