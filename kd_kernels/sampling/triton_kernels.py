@@ -29,9 +29,6 @@ N_STATE = tl.constexpr(4)
 
 MOST_IDS = tl.constexpr(1 << 24)
 
-SEARCH_STEPS = tl.constexpr(17)
-"""Of a bisection over the groups of the largest vocabulary."""
-
 TARGETS = tl.constexpr(2)
 """The purpose of the words of sampled_targets."""
 
@@ -512,6 +509,7 @@ def largest_of(row_ptr, n, BLOCK: tl.constexpr):
 def certain_kernel(
     raw_ptr,  # [C, V], any float dtype
     bias_ptr,  # [V] fp32
+    inverse_ptr,  # [C] fp32
     maxima_ptr,  # [C, G] fp32
     left_maxima_ptr,  # [C, G] fp32: out
     left_sums_ptr,  # [C, G] fp32: in, of all ids; out, of those that are left
@@ -519,7 +517,7 @@ def certain_kernel(
     bounds_ptr,  # [C, 2] int32
     ids_ptr,  # [C, W] int64
     logits_ptr,  # [C, W] fp32
-    stride, n_columns, n_groups, certain, width, inverse, has_bias, factor, height,
+    stride, n_columns, n_groups, certain, width, has_bias, factor, height,
     BLOCK: tl.constexpr, MEMBERS: tl.constexpr,
 ):
     """The ``certain`` largest logits of a row, by rising id, and the groups' maxima and sums of all others. An id that
@@ -527,7 +525,7 @@ def certain_kernel(
     row = tl.program_id(0).to(tl.int64)
     raw_row, groups_row = raw_ptr + row * stride, groups_ptr + row * n_groups
     maxima_row, at = maxima_ptr + row * n_groups, row * n_groups
-    inverse = inverse.to(tl.float32)
+    inverse = tl.load(inverse_ptr + row)
     peak = finite_or_zero(largest_of(maxima_row, n_groups, BLOCK))
     wanted = certain.to(tl.float64)
     highest_key, lowest_key = keys_of(peak, True), keys_of(-float("inf") + peak, True)
@@ -581,13 +579,14 @@ def certain_kernel(
         tl.store(left_sums_ptr + at + o_g, total, mask=o_l < n_listed)
 
 
-@triton.jit(do_not_specialize=["n_columns", "draws", "certain", "width", "has_bias"])
+@triton.jit(do_not_specialize=["n_columns", "search_steps", "draws", "certain", "width", "has_bias"])
 def draw_targets_kernel(
     raw_ptr,  # [C, V], any float dtype
     bias_ptr,  # [V] fp32
     seeds_ptr,  # [C] int64
     keys_ptr,  # [C] int64
     positions_ptr,  # [C] int64
+    inverse_ptr,  # [C] fp32
     maxima_ptr,  # [C, G] fp32
     sums_ptr,  # [C, G] fp32
     left_maxima_ptr,  # [C, G] fp32
@@ -598,7 +597,7 @@ def draw_targets_kernel(
     ids_ptr,  # [C, W] int64
     logits_ptr,  # [C, W] fp32
     state_ptr,  # [C, 4] fp64
-    stride, n_columns, n_groups, draws, certain, width, inverse, has_bias, factor, height,
+    stride, n_columns, n_groups, search_steps, draws, certain, width, has_bias, factor, height,
     CERTAIN: tl.constexpr, BLOCK: tl.constexpr, DRAWS: tl.constexpr,
 ):
     """Ids that are drawn, each with its logit, behind the row's certain ones; -inf where nothing is left to draw. Moves
@@ -608,7 +607,7 @@ def draw_targets_kernel(
     of all, and the sum of all relative to it."""
     row = tl.program_id(0).to(tl.int64)
     raw_row, at = raw_ptr + row * stride, row * n_groups
-    slope = inverse.to(tl.float64)
+    inverse = tl.load(inverse_ptr + row).to(tl.float64)
     o_b = tl.arange(0, BLOCK)
     peak, left_peak = largest_of(maxima_ptr + at, n_groups, BLOCK), largest_of(left_maxima_ptr + at, n_groups, BLOCK)
     shift, left_shift = finite_or_zero(peak).to(tl.float64), finite_or_zero(left_peak).to(tl.float64)
@@ -623,7 +622,7 @@ def draw_targets_kernel(
         total += tl.load(sums_ptr + at + o_g, mask=mask, other=0.0).to(tl.float64) * tl.exp(fall)
         fall = tl.load(left_maxima_ptr + at + o_g, mask=mask, other=-float("inf")).to(tl.float64) - left_shift
         left_sum = tl.load(left_sums_ptr + at + o_g, mask=mask, other=0.0).to(tl.float64)
-        mass = tl.where(left_sum > 0, left_sum * tl.exp(fall * slope), 0.0)
+        mass = tl.where(left_sum > 0, left_sum * tl.exp(fall * inverse), 0.0)
         place = at + n_filled + tl.cumsum((mass > 0).to(tl.int32), 0) - 1
         tl.store(groups_ptr + place, o_g, mask=mass > 0)
         tl.store(upto_ptr + place, before + tl.cumsum(mass, 0), mask=mass > 0)
@@ -649,7 +648,7 @@ def draw_targets_kernel(
         u = (w0.to(tl.float64) * 1048576.0 + (w1 >> 12).to(tl.float64) + 0.5) * (1.0 / 4503599627370496.0)
         target = u * all_left
         low, high = tl.zeros([DRAWS], tl.int32), tl.zeros([DRAWS], tl.int32) + end
-        for _ in range(0, SEARCH_STEPS):
+        for _ in range(0, search_steps):
             middle = (low + high) // 2
             is_reached = tl.load(upto_ptr + at + middle, mask=is_draw, other=0.0) > target
             high = tl.where(is_reached, middle, high)
@@ -664,7 +663,7 @@ def draw_targets_kernel(
         is_left = z > -float("inf")
         if CERTAIN:
             is_left &= ~stays(z, columns, key, last, -float("inf"), peak, inverse)
-        share = tl.where(is_left, tl.exp((z.to(tl.float64) - top[:, None]) * slope), 0.0)
+        share = tl.where(is_left, tl.exp((z.to(tl.float64) - top[:, None]) * inverse), 0.0)
         running = tl.cumsum(share, 1)
         part = (target - passed_over) / (upto - passed_over) * tl.max(running, 1)
         first = tl.min(tl.where((share > 0) & (running > part[:, None]), columns, MOST_IDS), 1)
