@@ -5,7 +5,8 @@ divergences and methods that there are.
     python -m bench.render --check    exits with 1, and says what is stale, if that would change anything
 
 Markers: ``<!-- bench:NAME -->`` to ``<!-- /bench -->`` with a name from :data:`BLOCKS`, and ``<!-- NAME -->`` to
-``<!-- /NAME -->`` with one from :data:`REGISTRIES`. Nothing is typed by hand: what no file holds is said not to be measured yet.
+``<!-- /NAME -->`` with one from :data:`REGISTRIES`. Nothing is typed by hand: what no file holds is said not to be
+measured yet.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 from bench import methods_page, plots, tables
 from kd_kernels import divergences

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from bench import integrations
 from bench.cases import CASES, PRODUCTS
@@ -256,7 +256,7 @@ def gpu(results: dict) -> str:
     return "\n\n".join([text, *(_gpu_block(record) for record in timed)])
 
 
-# ------------------------------------------------------------------------------------------------ other people's trainers
+# ---------------------------------------------------------------------------------------------- other people's trainers
 
 
 def drop_in(results: dict) -> str:
@@ -273,10 +273,10 @@ def drop_in(results: dict) -> str:
     shape, versions = results["shape"], results["versions"]
     measured = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     about = (
-        f"{results['machine']['model']}, {results['machine']['cores']} cores; {measured}; {_provenance(results)}. Loss and "
-        f"gradients of {shape['rows']:,} tokens over {shape['vocab']:,} ids in fp32: from hidden states of width "
-        f"{shape['hidden']}, or one micro-batch of a small Llama of width {shape['width']} in its trainer. Peak of resident "
-        f"memory above the level before, gradients included; time on the clock."
+        f"{results['machine']['model']}, {results['machine']['cores']} cores; {measured}; {_provenance(results)}. "
+        f"Loss and gradients of {shape['rows']:,} tokens over {shape['vocab']:,} ids in fp32: from hidden states of "
+        f"width {shape['hidden']}, or one micro-batch of a small Llama of width {shape['width']} in its trainer. Peak "
+        f"of resident memory above the level before, gradients included; time on the clock."
     )
     return "\n\n".join([table(["yours", "ours", "memory", "time"], rows), *reasons, about])
 
@@ -366,13 +366,15 @@ def study(results: dict) -> str:
     size = results["start"]["size"]
     missing = [entry.label for name, entry in lineup.ENTRIES.items() if name not in seeds]
     few = min(seeds.values())
-    counts = f"Seeds of each method: {few}" if few == max(seeds.values()) else f"Seeds of each method: {few} to {max(seeds.values())}"
+    many = max(seeds.values())
+    counts = f"Seeds of each method: {few}" + (f" to {many}" if many > few else "")
+    layers = ", ".join(map(str, size["layers"]))
     about = (
-        f"Teacher: {size['base']} after {size['teacher_steps']} steps; student: layers {', '.join(map(str, size['layers']))} of it "
+        f"Teacher: {size['base']} after {size['teacher_steps']} steps; student: layers {layers} of it "
         f"after {size['start_steps']} steps, from which every method goes on for {size['steps']} steps of about "
-        f"{size['batch_tokens']} tokens. {size['dev_questions']} questions, queries run on {size['databases']} seeded databases; "
-        f"KL and ExAccErr on {size['fidelity_questions']} of them. {counts}; ± is the standard deviation over them. "
-        "Tokens a second are those of runs that shared the machine with others."
+        f"{size['batch_tokens']} tokens. {size['dev_questions']} questions, queries run on {size['databases']} seeded "
+        f"databases; KL and ExAccErr on {size['fidelity_questions']} of them. {counts}; ± is the standard deviation "
+        "over them. Tokens a second are those of runs that shared the machine with others."
     )
     if missing:
         about += f" Not run at this size: {', '.join(missing)}."

@@ -413,8 +413,8 @@ def test_what_fails_is_reported_and_stops_nobody(tmp_path: Path, monkeypatch: py
 
 
 STUDY_RUN = {
-    "method": "kid", "seed": 0, "exact": 0.25, "execution": 0.5, "forward_kl": 1.5, "reverse_kl": 2.5, "agreement": 0.75,
-    "excess_error": 12.0, "tokens_per_s": 99.0, "peak_bytes": 2**20,
+    "method": "kid", "seed": 0, "exact": 0.25, "execution": 0.5, "forward_kl": 1.5, "reverse_kl": 2.5,
+    "agreement": 0.75, "excess_error": 12.0, "tokens_per_s": 99.0, "peak_bytes": 2**20,
 }
 STUDY = {
     "teacher": {"exact": 0.875, "execution": 0.9},
@@ -442,7 +442,8 @@ DROP_IN = {
     "shape": {"rows": 64, "vocab": 100, "hidden": 8, "width": 4},
     "comparisons": {
         "trl_gkd": {
-            "theirs": SIDE, "ours": SIDE | {"p50_ms": 2.0}, "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
+            "theirs": SIDE, "ours": SIDE | {"p50_ms": 2.0},
+            "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
         },
         "torchtune": {
             "theirs": {"skipped": "no torchtune"}, "ours": SIDE,

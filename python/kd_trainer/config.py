@@ -95,7 +95,8 @@ class RolloutConfig(Section):
     """How methods that train on generated text generate it."""
 
     max_new_tokens: int = 128
-    prompt_tokens: int | None = None  # of a text without a prompt: so many first tokens are one; None: such texts are refused
+    # Of a text without a prompt: so many first tokens are one; None: such texts are refused.
+    prompt_tokens: int | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None

@@ -107,7 +107,8 @@ def register(spec: MethodSpec) -> MethodSpec:
 
 def specs() -> dict[str, MethodSpec]:
     """Every method by its name."""
-    importlib.import_module("kd_trainer.methods")  # each file registers its own; they import the configuration, which imports us
+    # Each file registers its own; they import the configuration, which imports us.
+    importlib.import_module("kd_trainer.methods")
     return dict(sorted(_specs.items()))
 
 

@@ -141,7 +141,9 @@ def excess_error(
         errors[name] = padded.unflatten(0, (len(prompts), samples)).mean(1).cumsum(1)  # [prompts, length]
     regret, expected = errors["student"].mean(0), errors["teacher"].mean(0)
     if not float(expected[-1]) > 0.0:
-        fail(where, "the error on the teacher's contexts", "above 0", float(expected[-1]), "are the two the same model?")
+        fail(
+            where, "the error on the teacher's contexts", "above 0", float(expected[-1]), "are the two the same model?"
+        )
     return ExcessError(
         prompts=len(prompts), samples=samples, length=length, student_tokens=tokens["student"],
         teacher_tokens=tokens["teacher"], regret=float(regret[-1]), expected=float(expected[-1]),

@@ -88,7 +88,9 @@ def test_swapping_the_contexts_would_be_seen(pair):
 
 def test_errors_along_texts_in_float64(pair):
     generator = torch.Generator().manual_seed(0)
-    documents = [Document(torch.randint(VOCAB, (n,), generator=generator), first) for n, first in ((6, 2), (9, 1), (3, 2))]
+    documents = [
+        Document(torch.randint(VOCAB, (n,), generator=generator), first) for n, first in ((6, 2), (9, 1), (3, 2))
+    ]
     for document, found in zip(documents, divergences_along(*pair, documents, batch_tokens=10)):
         for place, value in zip(range(document.first_target, len(document)), found.tolist(), strict=True):
             p, q = (rows(model, document.tokens[:place].tolist()) for model in pair)

@@ -16,7 +16,8 @@ from kd_trainer.tiny import byte_tokenizer
 
 
 def noisy(folder: object, seed: int, size: float = 0.1) -> CausalLM:
-    """The model of a folder in fp64, its weights moved at random: sharper than a fresh one, and another for every seed."""
+    """The model of a folder in fp64, its weights moved at random: sharper than a fresh one, and another for every
+    seed."""
     model = load_pretrained(str(folder)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -25,11 +26,13 @@ def noisy(folder: object, seed: int, size: float = 0.1) -> CausalLM:
     return CausalLM(model)
 
 
-def built(config: Config, student: CausalLM, documents: Sequence[Document], teachers: Sequence[CausalLM] = ()) -> Method:
+def built(
+    config: Config, student: CausalLM, documents: Sequence[Document], teachers: Sequence[CausalLM] = ()
+) -> Method:
     tokenizer = byte_tokenizer()
     return methods.build(config, Parts(
-        student=student, documents=list(documents), tokenizer=tokenizer, tokenizer_fingerprint="", teachers=tuple(teachers),
-        teacher_fingerprints=tuple(f"teacher {i}" for i in range(len(teachers))) or (None,),
+        student=student, documents=list(documents), tokenizer=tokenizer, tokenizer_fingerprint="",
+        teachers=tuple(teachers), teacher_fingerprints=tuple(f"teacher {i}" for i in range(len(teachers))) or (None,),
     ))
 
 

@@ -19,8 +19,8 @@ from kd_trainer.methods.base import DatasetTokens, DivergenceObjective
 from kd_trainer.teachers import LiveTeacher
 from kd_trainer.tokens import OffPolicyTokens, ReplayBuffer, Schedule, uniform
 from kd_trainer.trainer import load_parts, train
-from processes import launch_kdk
 from objective_judge import VOCAB, check, toy
+from processes import launch_kdk
 
 SKEWED = {
     "skew_forward_kl(alpha=0.1)": lambda p, q: oracles.skew_forward_kl(p, q, 0.1),

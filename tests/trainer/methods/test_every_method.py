@@ -1,4 +1,5 @@
-"""Every method by its name: it lowers its own objective, splitting a step changes nothing, and a resumed run is the same run.
+"""Every method by its name: it lowers its own objective, splitting a step changes nothing, and a resumed run is the
+same run.
 
 A method that is registered and has no entry in CASES fails here.
 """
@@ -47,7 +48,8 @@ CASES: dict[str, dict] = {
     "muscle": {"teachers": 2},
     "pesf_kd": {"teachers": 1},
     "profuser": {
-        "teachers": 2, "options": {"first_stage": 0.34, "infer_weight": 0.01}, "rollout": {"prompt_tokens": 8, "max_new_tokens": 6},
+        "teachers": 2, "options": {"first_stage": 0.34, "infer_weight": 0.01},
+        "rollout": {"prompt_tokens": 8, "max_new_tokens": 6},
     },
     "rac": {"options": {"round_steps": 3, "template": " so:"}, "rollout": {"prompt_tokens": 8, "max_new_tokens": 6}},
     "sel": {"teachers": 1, "options": {"labels": "text"}},

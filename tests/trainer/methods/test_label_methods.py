@@ -62,7 +62,10 @@ def test_dco(samples, normalized):
         return lengths, [part.sum() for part in logq.gather(1, y[:, None])[:, 0].split(lengths)]
 
     def value(case):
-        return sum(-torch.log(1 - (1 - s.exp()) ** samples) if s > -25 else -s - math.log(samples) for s in per_document(case)[1])
+        return sum(
+            -torch.log(1 - (1 - s.exp()) ** samples) if s > -25 else -s - math.log(samples)
+            for s in per_document(case)[1]
+        )
 
     def surrogate(case):
         total = 0.0

@@ -140,7 +140,7 @@ def test_texts_with_mistakes_and_replayed_ones(method):
     texts = tokens.step(0)
     first = tokens.produce(texts, 0)
     assert [d.tag for d in first] == ["text"] * len(texts) + ["written"] * len(texts)
-    for text, written in zip(texts, first[len(texts):]):
+    for written in first[len(texts):]:
         assert written.first_target == 5
         assert sum(torch.equal(written.tokens[:5], other.tokens[:5]) for other in texts) == 1
     assert any(bool((d.tokens == BACK).any()) for d in first[: len(texts)])
