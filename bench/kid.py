@@ -1,6 +1,6 @@
 """KID's open questions, asked of a small model: which likelihood term, which predictions, and does rewriting help?
 
-    OMP_NUM_THREADS=1 python -m bench.kid --out bench/results/cpu_kid.json [--steps 60] [--seeds 0 1 2]     some five minutes
+    OMP_NUM_THREADS=1 python -m bench.kid --out bench/results/cpu_kid.json [--steps 60] [--seeds 0 1 2]
 
 A four-layer teacher is trained on sentences of a small grammar (``kdk demo --offline-tiny`` has the same); students are
 two of its layers. Every variant trains from the same start on prompts with completions, with its own seeds. Of each:

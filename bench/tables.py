@@ -335,7 +335,8 @@ def on_policy(results: dict) -> str:
         for run, origins in results["runs"].items() for origin, found in origins.items()
     ]
     header = ["method", "its texts", "seconds a step", "of SFT's", "steps"]
-    return table(header, rows) + f"\n\nMedians, on {results['machine']['model']}, {results['machine']['threads']} threads."
+    made = results["machine"]
+    return f"{table(header, rows)}\n\nMedians, on {made['model']}, {made['threads']} threads."
 
 
 def kid(results: dict) -> str:
@@ -350,8 +351,8 @@ def kid(results: dict) -> str:
         spread = found["deviation"] or {}
         shown = [f"{found['mean'][key]:.3f}" + (f" ± {spread[key]:.3f}" if spread else "") for key in columns]
         rows.append([name, f"{found['processor time over sft']:.2f}", *shown])
-    seeds = len(results["settings"]["seeds"])
-    about = f"{results['settings']['steps']} steps, {seeds} seed{'s' * (seeds > 1)}" + "; ± is the standard deviation" * (seeds > 1)
+    steps, seeds = results["settings"]["steps"], len(results["settings"]["seeds"])
+    about = f"{steps} steps, one seed" if seeds == 1 else f"{steps} steps, {seeds} seeds; ± is the standard deviation"
     return table(["", "processor time / SFT", *columns.values()], rows) + f"\n\n{about}."
 
 
