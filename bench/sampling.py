@@ -43,7 +43,10 @@ class Rows:
         normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         states, weight = normal(rows, hidden), 3 / hidden**0.5 * normal(vocab, hidden)
-        return Rows(LinearLogits(states.to(device, dtype), weight.to(device, dtype)), torch.randint(0, vocab, (rows,), generator=generator).to(device))
+        return Rows(
+            LinearLogits(states.to(device, dtype), weight.to(device, dtype)),
+            torch.randint(0, vocab, (rows,), generator=generator).to(device),
+        )
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:

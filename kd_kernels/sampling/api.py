@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kd_kernels import _backend, _check
+from kd_kernels import _backend, _check, products
 from kd_kernels.logits import Logits, check_dense, leading_shape, vocab
-from kd_kernels.loss.plan import pack
 from kd_kernels.sampling import driver
 from kd_kernels.sampling.arguments import CHECKS, PURPOSES, Rows, autocast_name, check_budget, check_vocab
 from kd_kernels.sampling.driver import IMPLEMENTATIONS, Call
@@ -103,13 +102,12 @@ def sample(
     _check.one_of(where, "purpose", purpose, tuple(PURPOSES))
     check_budget(where, max_scratch_bytes)
     chosen = _backend.choose(where, backend, device, tuple(IMPLEMENTATIONS))
-    tensors, description = pack(logits)
-    check_vocab(where, chosen, columns, tensors)
+    check_vocab(where, chosen, columns, products.tensors_of(logits))
     if check == "raise":
         _backend.check_not_capturing(where, "check", '"flag"', '"raise"', "look for ids of -1 after the replay")
     call = Call(
-        where, "logits", description, columns, PURPOSES[purpose], bool(return_stats), check, autocast_name(device),
-        max_scratch_bytes, chosen,
+        where, "logits", columns, PURPOSES[purpose], bool(return_stats), check, autocast_name(device), max_scratch_bytes,
+        chosen,
     )
-    found = driver.run([t.detach() for t in tensors], call, place, warp)
-    return Sampled(*(None if x is None else x.reshape(shape) for x in found))
+    found = driver.run(logits, call, place, warp)
+    return Sampled(*(found if len(shape) == 1 else (None if x is None else x.reshape(shape) for x in found)))
