@@ -15,10 +15,11 @@ import functools
 import importlib
 import itertools
 import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class _Address:
         return self.bytes
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backend_of(target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -94,7 +95,7 @@ def backend_of(target: str) -> Any:
     return make_backend(GPUTarget(*TARGETS[target]))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _binder(kernel: Any, target: str) -> Callable[..., tuple[dict, list, dict]]:
     from triton.runtime.jit import create_function_from_signature
 

@@ -413,8 +413,8 @@ def test_what_fails_is_reported_and_stops_nobody(tmp_path: Path, monkeypatch: py
 
 
 STUDY_RUN = {
-    "method": "kid", "seed": 0, "exact": 0.25, "execution": 0.5, "forward_kl": 1.5, "reverse_kl": 2.5, "agreement": 0.75,
-    "excess_error": 12.0, "tokens_per_s": 99.0, "peak_bytes": 2**20,
+    "method": "kid", "seed": 0, "exact": 0.25, "execution": 0.5, "forward_kl": 1.5, "reverse_kl": 2.5,
+    "agreement": 0.75, "excess_error": 12.0, "tokens_per_s": 99.0, "peak_bytes": 2**20,
 }
 STUDY = {
     "teacher": {"exact": 0.875, "execution": 0.9},
@@ -442,7 +442,8 @@ DROP_IN = {
     "shape": {"rows": 64, "vocab": 100, "hidden": 8, "width": 4},
     "comparisons": {
         "trl_gkd": {
-            "theirs": SIDE, "ours": SIDE | {"p50_ms": 2.0}, "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
+            "theirs": SIDE, "ours": SIDE | {"p50_ms": 2.0},
+            "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
         },
         "torchtune": {
             "theirs": {"skipped": "no torchtune"}, "ours": SIDE,
@@ -553,9 +554,9 @@ def test_check_names_what_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:demo -->\n<!-- /bench -->\n<!-- divergences -->\n<!-- /divergences -->\n")
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    monkeypatch.setattr(render, "README", readme)
+    monkeypatch.setattr(render, "PAGES", (readme,))
     assert render.main(["--check"]) == 1
-    assert "stale: demo, divergences" in capsys.readouterr().err
+    assert "README.md is stale: demo, divergences" in capsys.readouterr().err
     assert render.main([]) == 0 and render.main(["--check"]) == 0
 
 
@@ -569,12 +570,12 @@ def test_divergence_table_has_every_divergence_and_its_range() -> None:
         assert line.replace(r"\|", "").count("|") == 6, line
 
 
-def test_readme_shows_the_results() -> None:
-    text = render.README.read_text()
-    assert {m["name"] for m in render.MARKED.finditer(text)} >= set(render.BLOCKS)
-    assert render.rendered(text) == text, "run python -m bench.render"
+def test_pages_show_the_results() -> None:
+    pages = [page.read_text() for page in render.PAGES]
+    assert {m["name"] for text in pages for m in render.MARKED.finditer(text)} >= set(render.BLOCKS)
+    assert all(render.rendered(text) == text for text in pages), "run python -m bench.render"
     if not (render.RESULTS / render.GPU).exists():
-        assert "Not yet measured on a GPU." in text
+        assert "Not yet measured on a GPU." in render.README.read_text()
 
 
 def test_pictures_show_the_results() -> None:

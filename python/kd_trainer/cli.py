@@ -16,8 +16,8 @@ from kd_trainer.study import cli as study_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0; 1 if a check that was asked for failed; or 2 for a mistake of the user, which is told in
-    one line on stderr."""
+    """Run one command. Returns 0; 1 if a check that was asked for failed; or 2 for a mistake of the user, which is told
+    in one line on stderr."""
     arguments = _parser().parse_args(argv)
     from kd_kernels.cache import CacheError
 

@@ -66,7 +66,8 @@ def test_heads_batches_and_chunks(rows: int, dtype: torch.dtype) -> None:
 
 def test_nothing_synchronises_and_a_graph_captures_it() -> None:
     noun, at = heads(33, 5003, torch.bfloat16), place(33)
-    call = lambda: sample(noun, **at, temperature=0.8, top_k=50, top_p=0.9, check="flag", return_stats=True)  # noqa: E731
+    filters = dict(temperature=0.8, top_k=50, top_p=0.9)
+    call = lambda: sample(noun, **at, **filters, check="flag", return_stats=True)  # noqa: E731
     expected = call()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

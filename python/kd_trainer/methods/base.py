@@ -44,14 +44,14 @@ class Parts:
     teachers: tuple[CausalLM, ...]
     teacher_fingerprints: tuple[str, ...]
 
-    def mask_id(self, token: str | None) -> int:
-        """The id of ``options.mask``, a token of the vocabulary; None stands for the tokenizer's BOS token."""
+    def token_id(self, option: str, token: str | None) -> int:
+        """The id of what an option names, a token of the vocabulary; None stands for the tokenizer's BOS token."""
         name = self.tokenizer.bos_token if token is None else token
         found = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
         if found not in range(self.student.vocab) or (found == self.tokenizer.unk_token_id and name != self.tokenizer.unk_token):
             why = " (this tokenizer has no BOS token)" if name is None else ""
-            remedy = f"name one that texts never use, such as the padding token{why}"
-            fail("config", "options.mask", "a token of the vocabulary", repr(token), remedy)
+            remedy = "name one that texts never use, or add it to the tokenizer and resize the models' embeddings" + why
+            fail("config", option, "a token of the vocabulary", repr(token), remedy)
         return found
 
 

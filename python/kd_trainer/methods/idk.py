@@ -63,12 +63,7 @@ class IDontKnow(LabelObjective):
 
 def build(config: Config, parts: Parts) -> Method:
     options = config.options
-    token = parts.tokenizer.convert_tokens_to_ids(options.token)
-    if token is None or token not in range(parts.student.vocab) or token == parts.tokenizer.unk_token_id:
-        fail(
-            "config", "options.token", "a token of the vocabulary", repr(options.token),
-            "add it to the tokenizer and resize the models' embeddings, or name one that texts never use",
-        )
+    token = parts.token_id("options.token", options.token)
     objective = IDontKnow(token, options.ceiling, options.power)
     return Method.single("idk", DatasetTokens.of(config, parts.documents), NoTeacher(), objective)
 

@@ -1,9 +1,9 @@
 """A model that reads tokens a few at a time and remembers them: rows of a batch that grow, roll back and leave.
 
 Every row's tokens end at the right edge of the cache, with nothing or padding on their left, which is the layout that
-every attention of transformers understands through a mask ``[B, width]``. Rolling a row back leaves a hole in that mask;
-holes and padding are squeezed out when they make up a fifth of the cache, and at once where a layer attends to a window,
-which counts columns and not tokens.
+every attention of transformers understands through a mask ``[B, width]``. Rolling a row back leaves a hole in that
+mask; holes and padding are squeezed out when they make up a fifth of the cache, and at once where a layer attends to a
+window, which counts columns and not tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from kd_trainer.errors import fail
 from kd_trainer.models import PROBE_LENGTHS, CausalLM
@@ -31,9 +31,10 @@ GROWTH = 1.5
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer in storage with room to spare: a step writes its own columns and copies no others.
 
-    (DynamicLayer joins old and new columns anew in every step.) ``keys`` and ``values`` are views ``[B, heads, width, D]``
-    of storage ``[B, room, heads, D]``, where a token's vectors lie together and rows can be gathered at the speed of a
-    copy. Windows of attention are left to the mask, so no column is lost that a roll-back may need.
+    (DynamicLayer joins old and new columns anew in every step.) ``keys`` and ``values`` are views
+    ``[B, heads, width, D]`` of storage ``[B, room, heads, D]``, where a token's vectors lie together and rows can be
+    gathered at the speed of a copy. Windows of attention are left to the mask, so no column is lost that a roll-back
+    may need.
     """
 
     def __init__(self, limit: int) -> None:
@@ -245,7 +246,10 @@ def check_decoding(where: str, model: CausalLM) -> None:
     if model in _checked:
         return
     texts = [torch.arange(n + 3) * 7 % model.vocab for n in PROBE_LENGTHS]
-    piece = lambda *offsets: torch.stack([text[[n + o for o in offsets]] for text, n in zip(texts, PROBE_LENGTHS)])  # noqa: E731
+
+    def piece(*offsets: int) -> Tensor:
+        return torch.stack([text[[n + o for o in offsets]] for text, n in zip(texts, PROBE_LENGTHS)])
+
     with evaluating(model), torch.autocast(model.device.type, enabled=False):
         decoder = Decoder(where, model, len(texts), max(map(len, texts)))
         decoder.feed_prompts([text[:n] for text, n in zip(texts, PROBE_LENGTHS)])

@@ -29,9 +29,9 @@ def generate(
 ) -> RollOuts:
     """Completions of prompts, each token drawn by :func:`kd_kernels.sample` from the last hidden state of its sequence.
 
-    Token t of a completion is drawn at position ``len(prompt) + t`` with the sequence's key. So a sequence's text depends
-    on the model, its prompt, the options, ``seed`` and its key, and not on the sequences that it is generated with, but
-    for what their padding changes in the rounding of the model's own sums.
+    Token t of a completion is drawn at position ``len(prompt) + t`` with the sequence's key. So a sequence's text
+    depends on the model, its prompt, the options, ``seed`` and its key, and not on the sequences that it is generated
+    with, but for what their padding changes in the rounding of the model's own sums.
 
     Args:
         model: in any mode, on any device; it is evaluated without dropout and without gradients, under the caller's
@@ -48,8 +48,8 @@ def generate(
         ValueError: prompts, options, ids and keys do not fit together or the model; the model has no cache of keys and
             values; a row of logits is NaN, +inf, or -inf alone.
 
-    Cost: the head multiplies one hidden state a sequence and step, 2 H V operations. The cache takes B * longest * bytes of
-    a token's keys and values, and half of that in addition while it grows. Waits for the device once a step.
+    Cost: the head multiplies one hidden state a sequence and step, 2 H V operations. The cache takes B * longest *
+    bytes of a token's keys and values, and half of that in addition while it grows. Waits for the device once a step.
     """
     where = "generate"
     prompts = check_prompts(where, prompts, model.vocab)
@@ -83,7 +83,7 @@ def _generate(
             positions + step, own=logits, entropy=options.entropy,
         )
         record.write(rows, drawn)
-        for row, (i, token) in enumerate(zip(rows, drawn.ids.tolist())):
+        for i, token in zip(rows, drawn.ids.tolist()):
             if token < 0:
                 fail_logits(where, i, len(prompts[i]) + step)
             if ends[i] is None and (token in options.stop_ids or step + 1 == budgets[i]):
@@ -202,7 +202,8 @@ def score(model: CausalLM, documents: Sequence[Document], *, batch_tokens: int =
         batch_tokens: about how many tokens are read at a time, padding included.
 
     Returns:
-        :class:`~kd_kernels.TokenStats` of ``[n_i]`` for each document's n_i targets, on the CPU, in the documents' order.
+        :class:`~kd_kernels.TokenStats` of ``[n_i]`` for each document's n_i targets, on the CPU, in the documents'
+        order.
 
     Raises:
         ValueError: a document without targets, or ids outside the model's vocabulary.
@@ -216,7 +217,9 @@ def score(model: CausalLM, documents: Sequence[Document], *, batch_tokens: int =
             fields = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
             counts = [int(documents[i].counted.sum()) for i in members]
             parts = {name: value.cpu().split(counts) for name, value in fields.items() if value is not None}
-            found |= {i: TokenStats(**{name: part[row] for name, part in parts.items()}) for row, i in enumerate(members)}
+            found |= {
+                i: TokenStats(**{name: part[row] for name, part in parts.items()}) for row, i in enumerate(members)
+            }
     return [found[i] for i in range(len(documents))]
 
 

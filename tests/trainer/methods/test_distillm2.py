@@ -192,7 +192,7 @@ def test_gaps_are_those_of_the_first_step(made):
     ({"options": {"b": 2.0}}, r"options.b must be in \(0, 2\), got 2.0"),
     ({"options": {"b": 1.2, "ramp": True}}, "options.b must be 1 with ramp, which begins there, got 1.2"),
     ({"options": {"rewrite": "epoch"}}, "options.rewrite must be one of never, step, got 'epoch'"),
-    ({"cache": "c"}, "cache must be absent for method distillm2, which scores contexts that no cache holds"),
+    ({"cache": "c"}, "cache must be absent for method distillm2, whose teacher must run"),
 ])
 def test_settings_out_of_range(changes, message):
     base = {"out": "o", "student": {"model": "m"}, "teacher": {"model": "t"}, "data": {"source": "d"}}

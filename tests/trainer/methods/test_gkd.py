@@ -196,7 +196,7 @@ def test_two_processes_write_and_learn_what_one_does(make_config, teacher_folder
     ({"options": {"teacher": -0.1}}, r"options.teacher must be a probability in \[0, 1\], got -0.1"),
     ({"options": {"student": 0.7, "teacher": 0.7}}, r"options.student \+ options.teacher must be at most 1, got 1.4"),
     ({"options": {"each": "token"}}, "options.each must be one of step, text, got 'token'"),
-    ({"cache": "c"}, "cache must be absent for method gkd, which scores contexts that no cache holds"),
+    ({"cache": "c"}, "cache must be absent for method gkd, whose teacher must run"),
     ({"teacher": {"model": None}}, "teacher.model must be given for method gkd"),
     ({"rollout": {"temperature": -1.0}}, "rollout.temperature must be finite and at least 0, got -1.0"),
 ])
