@@ -31,8 +31,8 @@ class Example:
 
     Attributes:
         config: the YAML file that it reads, ``NAME.yaml``; None: one that an earlier example wrote, or none.
-        fields: of the lines of metrics.jsonl that are shown, the first and the last or, with ``origins``, the first of each
-            origin of its texts.
+        fields: of the lines of metrics.jsonl that are shown, the first and the last or, with ``origins``, the first of
+            each origin of its texts.
     """
 
     command: str
@@ -47,7 +47,7 @@ method: distillm
 out: runs/distillm
 teacher: {model: teacher}
 student: {layers: [0, 3]}
-data: {source: text.jsonl, max_length: 96, append_eos: true, holdout: 0.2}   # the schedule goes by the loss on held-out texts
+data: {source: text.jsonl, max_length: 96, append_eos: true, holdout: 0.2}   # the schedule goes by the loss on these
 options: {threshold: 0.9, capacity: 24}
 optim: {lr: 2e-3}
 rollout: {max_new_tokens: 60}
@@ -84,9 +84,15 @@ data: {source: text.jsonl, max_length: 96, append_eos: true}
 optim: {lr: 5e-3}
 train: {steps: 80, batch_tokens: 1024}
 """, ("step", "loss", "divergence", "agreement", "aligned")),
-    "accepted": Example("kdk diagnose accepted --target teacher --draft runs/griffin/model --data text.jsonl --limit 40 --gamma 4"),
-    "exposure": Example("kdk diagnose exposure --teacher teacher --student runs/kid/model --data text.jsonl --limit 40 --samples 4"),
-    "fidelity": Example("kdk diagnose fidelity --teacher teacher --student runs/kid/model --data text.jsonl --limit 40"),
+    "accepted": Example(
+        "kdk diagnose accepted --target teacher --draft runs/griffin/model --data text.jsonl --limit 40 --gamma 4"
+    ),
+    "exposure": Example(
+        "kdk diagnose exposure --teacher teacher --student runs/kid/model --data text.jsonl --limit 40 --samples 4"
+    ),
+    "fidelity": Example(
+        "kdk diagnose fidelity --teacher teacher --student runs/kid/model --data text.jsonl --limit 40"
+    ),
 }
 """By the name of their block on the page, in the order in which they run."""
 

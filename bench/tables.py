@@ -330,7 +330,8 @@ def on_policy(results: dict) -> str:
         for run, origins in results["runs"].items() for origin, found in origins.items()
     ]
     header = ["method", "its texts", "seconds a step", "of SFT's", "steps"]
-    return table(header, rows) + f"\n\nMedians, on {results['machine']['model']}, {results['machine']['threads']} threads."
+    about = f"Medians, on {results['machine']['model']}, {results['machine']['threads']} threads."
+    return f"{table(header, rows)}\n\n{about}"
 
 
 def kid(results: dict) -> str:
@@ -346,7 +347,8 @@ def kid(results: dict) -> str:
         shown = [f"{found['mean'][key]:.3f}" + (f" ± {spread[key]:.3f}" if spread else "") for key in columns]
         rows.append([name, f"{found['processor time over sft']:.2f}", *shown])
     seeds = len(results["settings"]["seeds"])
-    about = f"{results['settings']['steps']} steps, {seeds} seed{'s' * (seeds > 1)}" + "; ± is the standard deviation" * (seeds > 1)
+    about = f"{results['settings']['steps']} steps, {seeds} seed"
+    about += "s; ± is the standard deviation" * (seeds > 1)
     return table(["", "processor time / SFT", *columns.values()], rows) + f"\n\n{about}."
 
 

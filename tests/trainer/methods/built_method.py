@@ -54,10 +54,11 @@ def logprobs(model: CausalLM, tokens: Tensor) -> Tensor:
 
 
 def assert_same_gradients(got: Tensor, expected: Tensor, model: CausalLM) -> None:
-    """Values, and every parameter's gradient, row by row: errors are relative to a row's own L1 norm, however small it is.
+    """Values, and every parameter's gradient, row by row: errors are relative to a row's own L1 norm, however small it
+    is.
 
-    Both sides in as many passes of the model as each other: some norms are computed in fp32 whatever the weights are, which
-    equal passes round equally.
+    Both sides in as many passes of the model as each other: some norms are computed in fp32 whatever the weights are,
+    which equal passes round equally.
     """
     torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-12, atol=0.0)
     parameters = list(model.model.parameters())
