@@ -231,7 +231,8 @@ class Method:
         objectives: by the tag of the documents that each is for. The loss of a step is the sum over tags of their
             means. Their parameters, if they have any (adapters, mixing weights), are trained with the student's.
         before_step: called before the gradient of a step is formed, with its number, its documents, and what forms
-            gradients: for methods that look ahead. It leaves parameters as they were and gradients None; what it returns is logged.
+            gradients: for methods that look ahead. It leaves parameters as they were and gradients None; what it
+            returns is logged.
         after_step: told every step's number and metrics; what it returns is logged with them.
     """
 
