@@ -312,6 +312,51 @@ def cache(results: dict) -> str:
     return f"With `run.yaml` as\n\n```yaml\n{results['config'].strip()}\n```\n\nthe whole way is\n\n```\n{shown}\n```"
 
 
+# ---------------------------------------------------------------------------------------------------------- the sampler
+
+
+def _one_moment(results: dict) -> str:
+    """Of a file that was written by one run."""
+    measured = results["moment"]
+    commit = (measured["commit"] or "unknown")[:9] + ("+" if measured["modified"] else "")
+    on = results["machine"]
+    return f"{on['model']}, torch {on['torch']}; {measured['date'][:10]}, commit {commit}"
+
+
+def sampling(results: dict) -> str:
+    """Times over that of the bare product of the head, a column a head and number of rows."""
+    heads, targets = results["results"], results["targets"]
+    names = dict.fromkeys(name for found in heads.values() for name in found)
+    cell = lambda row: f"{row['of_product']:.2f}" if "of_product" in row else "-"  # noqa: E731
+    rows = [
+        [name, *(cell(found.get(name, {})) for found in heads.values()), str(targets.get(name, ""))]
+        for name in names if name != "product"
+    ]
+    products = ", ".join(f"{name}: {found['product']['p50_ms']:,.0f} ms" for name, found in heads.items())
+    about = f"From hidden states, over the bare product of the head ({products}). {_one_moment(results)}."
+    return f"{about}\n\n{table(['of the product', *heads, 'at most, on a CPU at 256 rows'], rows)}"
+
+
+def rollouts(results: dict) -> str:
+    """Tokens a second of whole roll-outs, beside ``generate()``."""
+    rows = [
+        [
+            name, f"{row['tokens_per_s']:,.0f}", f"{row['generate_tokens_per_s']:,.0f}", f"{row['times_as_fast']:.2f}",
+            f"{row['sampler']:.0%}", f"{row['theirs_outside_of_the_model']:.0%}",
+        ]
+        for name, row in results["results"].items()
+    ]
+    header = [
+        "model, batch, sampling", "tokens/s", "`generate()`", "times as fast", "of it `sample`",
+        "theirs, outside of the model",
+    ]
+    about = (
+        "`kd_trainer.rollout.generate` beside transformers' `generate()` of the same model, prompts and lengths, "
+        f"in turns. {_one_moment(results)}."
+    )
+    return f"{about}\n\n{table(header, rows)}"
+
+
 # --------------------------------------------------------------------------------------------------------- the methods
 
 

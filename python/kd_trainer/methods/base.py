@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 

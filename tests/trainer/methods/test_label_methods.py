@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from built_method import built
 
+from built_method import built
 from kd_trainer.config import Config, from_tree
 from kd_trainer.data import Document
 from kd_trainer.methods.dco import DirectCoverage, coverage
