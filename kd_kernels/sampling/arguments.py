@@ -132,4 +132,4 @@ class Rows:
         if value.shape != self.shape:
             _check.fail(self.where, name, f"of shape {list(self.shape)} like the rows of logits", list(value.shape))
         _check.same_device(self.where, name, value, self.device)
-        return value.reshape(-1)
+        return value if value.dim() == 1 else value.reshape(-1)

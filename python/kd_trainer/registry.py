@@ -98,10 +98,8 @@ def register(spec: MethodSpec) -> MethodSpec:
     if unknown:
         fail("register", f"needs of {spec.name}", "among " + ", ".join(NEEDS), ", ".join(sorted(unknown)))
     if "options" in spec.defaults and not issubclass(spec.options, Section):
-        fail(
-            "register", f"options of {spec.name}", "a Section, since defaults decide some of them",
-            spec.options.__name__,
-        )
+        need = "a Section, since defaults decide some of them"
+        fail("register", f"options of {spec.name}", need, spec.options.__name__)
     if spec.name in _specs:
         fail("register", "name", "free", repr(spec.name), "a method of this name is there already")
     _specs[spec.name] = spec

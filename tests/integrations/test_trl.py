@@ -381,6 +381,10 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, cache) -> None:
     make = lambda **kwargs: gkd(ours.GKDTrainer, tmp_path, model(1), **({"teacher": teacher} | kwargs))  # noqa: E731
     for call, message in (
         (lambda: make(teacher=None), "GKDTrainer: teacher_model must be given, or cache, got None"),
+        (
+            lambda: distillation(ours.DistillationTrainer, tmp_path, model(1), None),
+            "DistillationTrainer: teacher_model must be given, got None",
+        ),
         (lambda: ours.GKDTrainer(model(1), teacher), "GKDTrainer: args must be given, got None"),
         (lambda: ours.GKDTrainer(args=config(), teacher_model=teacher), "GKDTrainer: model must be given, got None"),
         (lambda: make(compute_metrics=len), "GKDTrainer: compute_metrics must be None, got given; there are no logits"),

@@ -118,7 +118,7 @@ def test_idk(ceiling, power):
 
 
 def test_a_token_that_is_not_there(make_config):
-    message = r"options.token must be a token of the vocabulary, got '\[IDK\]'; name one that texts never use"
+    message = r"options.token must be a token of the vocabulary, got '\[IDK\]'; name one that texts never use, or add"
     with pytest.raises(ValueError, match=message):
         built(make_config(method="idk"), SimpleNamespace(vocab=257), [Document(torch.arange(5))])
 

@@ -1,5 +1,4 @@
-"""The methods whose tokens are the data's own, as a run builds them: every setting reaches the formula that is
-minimised."""
+"""The methods whose tokens are the data's own, as a run builds them: every setting reaches the formula."""
 
 from __future__ import annotations
 
