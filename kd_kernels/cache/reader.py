@@ -196,14 +196,25 @@ class CacheReader:
         for number in range(len(self._sealed)):
             self._shard(number).check(self.manifest, progress)
 
-    def stream_bytes(self) -> dict[str, int]:
+    def stream_bytes(self, seen: Callable[[CachedRows], None] | None = None) -> dict[str, int]:
         """Bytes by what they hold (ids, logprobs, tail, ...), over all shards; they add up to :attr:`bytes`. Reads
         every block.
+
+        Args:
+            seen: called with the rows of every sequence as they are decoded, in one call or several a sequence.
 
         Raises:
             CacheError: a block is damaged.
         """
-        return dict(sum((self._shard(n).stream_bytes(self.manifest) for n in range(len(self._sealed))), Counter()))
+        found: Counter[str] = Counter()
+        for number in range(len(self._sealed)):
+
+            def of_this_shard(key: bytes, rows: CachedRows, number: int = number) -> None:
+                if self._index.find(key)[0] == number:  # a sequence of several merged folders is seen once
+                    seen(rows)
+
+            found += self._shard(number).stream_bytes(self.manifest, None if seen is None else of_this_shard)
+        return dict(found)
 
     def _read(self, key: bytes, wanted: str) -> CachedRows:
         found = self._index.find(key)

@@ -100,8 +100,11 @@ class Shard:
             raise CacheError.mismatch(self.path, entry.offset, what, entry.rows, done)
         return CachedRows.cat(parts)
 
-    def stream_bytes(self, manifest: CacheManifest) -> Counter[str]:
+    def stream_bytes(
+        self, manifest: CacheManifest, seen: Callable[[bytes, CachedRows], None] | None = None
+    ) -> Counter[str]:
         """What each stream of the rows takes of a sealed shard, and what stands around them; the sum is its size.
+        ``seen`` is called with the key and rows of every piece of a sequence.
 
         Reads and decodes every block. Rows share the words of a code, so that their parts are fractions of a byte,
         rounded down to whole ones for the shard; what that leaves counts as heads of blocks.
@@ -117,7 +120,12 @@ class Shard:
             else:
                 size = min(block_size(self.path, offset, head), stop - offset)
                 block = decode_block(self.path, self._seed, offset, memoryview(self._file.read(offset, size)))
-                bits.update(self._model(block.model, manifest).bits(self._decode(block, manifest)))
+                decoded = self._decode(block, manifest)
+                bits.update(self._model(block.model, manifest).bits(decoded))
+                start = 0
+                for piece in block.pieces if seen is not None else ():
+                    seen(piece.key, decoded.slice(start, start + piece.rows))
+                    start += piece.rows
             offset += size
         found = Counter({name: int(value / 8) for name, value in bits.items() if value})
         heads = stop - HEADER_BYTES - models - found.total()

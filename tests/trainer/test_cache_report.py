@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kd_kernels.cache import CacheReader
+from kd_kernels.cache.shard import Shard
 from kd_trainer.caching.build import build_cache
 from kd_trainer.caching.options import CacheOptions
 from kd_trainer.caching.report import TITLES, report
@@ -58,6 +59,15 @@ def test_a_part_of_the_documents_has_all_of_the_bytes(cache):
     few, all_of_them = (report(CacheReader(cache), documents=count) for count in (3, 0))
     assert few.streams == all_of_them.streams and few.looked_at == 3 and "chosen by hash" in few.table()
     assert len(few.rows["entries"]) < len(all_of_them.rows["entries"])
+
+
+def test_every_block_is_decoded_once(cache, monkeypatch):
+    decode, calls = Shard._decode, []
+    monkeypatch.setattr(Shard, "_decode", lambda *a: (calls.append(1), decode(*a))[1])
+    CacheReader(cache).stream_bytes()
+    blocks = len(calls)
+    report(CacheReader(cache), documents=0)
+    assert len(calls) == 2 * blocks > 0
 
 
 def test_the_command_with_the_teacher_at_hand(cache, tiny, text, tmp_path, capsys):

@@ -124,13 +124,19 @@ def report(reader: CacheReader, *, documents: int = 4096, verdict: Verdict | Non
     """
     if documents < 0:
         fail("report", "documents", "at least 1, or 0 for all", documents)
-    keys = sorted(reader.keys())[: documents or None]  # keys are hashes: the first ones are any ones
-    if not keys:
+    if not len(reader):
         fail("report", "the cache", "of at least one document", f"none in {reader.folder}")
+    every = not 0 < documents < len(reader)
+    looked_at = len(reader) if every else documents
     parts = []
-    with progress(total=len(keys), desc="report", unit="document") as bar:
-        for key in keys:
-            parts.append(rows_in_numbers(reader.read(key)))
-            bar.update()
+    with progress(total=reader.rows if every else looked_at, desc="report", unit="row" if every else "document") as bar:
+        def look(rows: CachedRows) -> None:
+            parts.append(rows_in_numbers(rows))
+            bar.update(len(rows) if every else 1)
+
+        streams = reader.stream_bytes(look if every else None)
+        if not every:
+            for key in sorted(reader.keys())[:documents]:  # keys are hashes: the first ones are any ones
+                look(reader.read(key))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Report(summary(reader), reader.stream_bytes(), found, len(keys), reader.manifest.step_nats, verdict)
+    return Report(summary(reader), streams, found, looked_at, reader.manifest.step_nats, verdict)
