@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
 CACHE, STUDY, METHODS = "cache_page.json", "cpu_study_text2sql.json", "methods_page.json"
+CONVERGENCE = "cpu_convergence.json"
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "docs" / "methods.md")
 
@@ -80,6 +81,7 @@ BLOCKS = {
     "cache": Block(CACHE, tables.cache),
     "study": Block(STUDY, tables.study),
     "integrations": Block(DROP_IN, tables.drop_in),
+    "convergence": Block(CONVERGENCE, tables.convergence),
     "on-policy": Block("cpu_on_policy.json", tables.on_policy),
     "kid": Block("cpu_kid.json", tables.kid),
 } | {

@@ -453,6 +453,22 @@ DROP_IN = {
 }
 
 
+CONVERGENCE = {
+    "machine": DROP_IN["machine"], "steps": 2, "tokens_a_step": 64,
+    "comparisons": {
+        "a model, trl": {
+            "theirs": [2.0, 1.0], "ours": [2.0, 1.002], "largest_difference": 0.002,
+            "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
+        },
+    },
+}
+OTHERS = {
+    render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CONVERGENCE: CONVERGENCE, render.CACHE: CACHE,
+    render.STUDY: STUDY,
+}
+"""Files of the blocks that are on every machine."""
+
+
 def _file_of(results: dict) -> dict[str, dict]:
     """Results of either plan, as the file that the README reads for it."""
     if "dense_fp32" in results["comparisons"]:
@@ -474,7 +490,7 @@ MARKERS += "<!-- divergences -->\n<!-- /divergences -->\n<!-- methods -->\n<!-- 
 
 
 def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
-    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE, render.STUDY: STUDY}
+    files = _file_of(results) | OTHERS
     new = render.rendered(MARKERS, _reader(files))
     assert new.startswith("before\n") and new.endswith("after\n") and "old\n" not in new
     assert new.count("between\n") == len(render.BLOCKS)
@@ -482,6 +498,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
     assert "| teacher | 12.3 | 0.000 | 0.000 | 100.0% | 100.0% | 0.020 |" in new and "1.5 minutes" in new
     assert "| 7 to 7 MiB | 4 to 2 ms |" in new and "ForwardKLWithChunkedOutputLoss` (no torchtune)" in new
     assert "$ kdk cache info c\nrows 3" in new and "| 2.25 | 99 | 1 MiB |" in new and "Seeds of each method: 2" in new
+    assert "| a model, trl | 1.501 to 1.501 | 0.2% |" in new
     on_cpu = render.CPU in files
     assert ("Not yet measured on a GPU." in new) == on_cpu and ("3 MiB" in new) == on_cpu
     assert ("cpu_rows.png" if on_cpu else "gpu_rows.png") in new
@@ -493,7 +510,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
 
 
 def test_every_row_of_a_table_has_all_columns(results: dict) -> None:
-    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE, render.STUDY: STUDY}
+    files = _file_of(results) | OTHERS
     for file, content in files.items():
         for block in (block for block in render.BLOCKS.values() if block.file == file):
             text = block.text(_reader({file: content}))
