@@ -29,6 +29,7 @@ from kd_trainer import registry
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
+SAMPLING, GPU_SAMPLING, ROLLOUTS = "cpu_sampling.json", "gpu_sampling.json", "cpu_rollouts.json"
 CACHE, STUDY, METHODS = "cache_page.json", "cpu_study_text2sql.json", "methods_page.json"
 CONVERGENCE = "cpu_convergence.json"
 README = ROOT / "README.md"
@@ -82,10 +83,16 @@ BLOCKS = {
     "study": Block(STUDY, tables.study),
     "integrations": Block(DROP_IN, tables.drop_in),
     "convergence": Block(CONVERGENCE, tables.convergence),
+    "sampling": Block(SAMPLING, tables.sampling),
+    "rollouts": Block(ROLLOUTS, tables.rollouts),
+    "gpu-sampling": Block(GPU_SAMPLING, tables.sampling, missing="Not yet measured: draws on a GPU."),
     "on-policy": Block("cpu_on_policy.json", tables.on_policy),
     "kid": Block("cpu_kid.json", tables.kid),
 } | {
-    f"method-{name}": Block(METHODS, functools.partial(tables.example, name=name)) for name in methods_page.EXAMPLES
+    f"method-{name}": Block(
+        METHODS, functools.partial(tables.example, name=name), missing=tables.command(example.config, example.command)
+    )
+    for name, example in methods_page.EXAMPLES.items()
 }
 """By marker."""
 

@@ -326,15 +326,65 @@ def cache(results: dict) -> str:
     return f"With `run.yaml` as\n\n```yaml\n{results['config'].strip()}\n```\n\nthe whole way is\n\n```\n{shown}\n```"
 
 
+# ---------------------------------------------------------------------------------------------------------- the sampler
+
+
+def _one_moment(results: dict) -> str:
+    """Of a file that was written by one run."""
+    measured = results["moment"]
+    commit = (measured["commit"] or "unknown")[:9] + ("+" if measured["modified"] else "")
+    on = results["machine"]
+    return f"{on['model']}, torch {on['torch']}; {measured['date'][:10]}, commit {commit}"
+
+
+def sampling(results: dict) -> str:
+    """Times over that of the bare product of the head, a column a head and number of rows."""
+    heads, targets = results["results"], results["targets"]
+    names = dict.fromkeys(name for found in heads.values() for name in found)
+    cell = lambda row: f"{row['of_product']:.2f}" if "of_product" in row else "-"  # noqa: E731
+    rows = [
+        [name, *(cell(found.get(name, {})) for found in heads.values()), str(targets.get(name, ""))]
+        for name in names if name != "product"
+    ]
+    products = ", ".join(f"{name}: {found['product']['p50_ms']:,.0f} ms" for name, found in heads.items())
+    about = f"From hidden states, over the bare product of the head ({products}). {_one_moment(results)}."
+    return f"{about}\n\n{table(['of the product', *heads, 'at most, on a CPU at 256 rows'], rows)}"
+
+
+def rollouts(results: dict) -> str:
+    """Tokens a second of whole roll-outs, beside ``generate()``."""
+    rows = [
+        [
+            name, f"{row['tokens_per_s']:,.0f}", f"{row['generate_tokens_per_s']:,.0f}", f"{row['times_as_fast']:.2f}",
+            f"{row['sampler']:.0%}", f"{row['theirs_outside_of_the_model']:.0%}",
+        ]
+        for name, row in results["results"].items()
+    ]
+    header = [
+        "model, batch, sampling", "tokens/s", "`generate()`", "times as fast", "of it `sample`",
+        "theirs, outside of the model",
+    ]
+    about = (
+        "`kd_trainer.rollout.generate` beside transformers' `generate()` of the same model, prompts and lengths, "
+        f"in turns. {_one_moment(results)}."
+    )
+    return f"{about}\n\n{table(header, rows)}"
+
+
 # --------------------------------------------------------------------------------------------------------- the methods
 
 
+def command(config: str | None, line: str, printed: str = "") -> str:
+    """A YAML file, and a command with what it printed."""
+    file = "" if config is None else f"```yaml\n{config.strip()}\n```\n\n"
+    return f"{file}```\n$ {line}\n{printed}```"
+
+
 def example(results: dict, name: str) -> str:
-    """A run of docs/methods.md: its file, its command, and what that printed."""
+    """A run of docs/methods.md."""
     shown = results["examples"][name]
-    config = "" if shown["config"] is None else f"```yaml\n{shown['config'].strip()}\n```\n\n"
-    metrics = f"\n\n# lines of metrics.jsonl, some fields left out\n{shown['metrics']}" if shown["metrics"] else ""
-    return f"{config}```\n$ {shown['command']}\n{shown['output']}{metrics}\n```"
+    metrics = f"\n# lines of metrics.jsonl, some fields left out\n{shown['metrics']}\n" if shown["metrics"] else ""
+    return command(shown["config"], shown["command"], f"{shown['output']}\n{metrics}")
 
 
 def on_policy(results: dict) -> str:
@@ -344,7 +394,8 @@ def on_policy(results: dict) -> str:
         for run, origins in results["runs"].items() for origin, found in origins.items()
     ]
     header = ["method", "its texts", "seconds a step", "of SFT's", "steps"]
-    return table(header, rows) + f"\n\nMedians, on {results['machine']['model']}, {results['machine']['threads']} threads."
+    made = results["machine"]
+    return f"{table(header, rows)}\n\nMedians, on {made['model']}, {made['threads']} threads."
 
 
 def kid(results: dict) -> str:
@@ -359,8 +410,8 @@ def kid(results: dict) -> str:
         spread = found["deviation"] or {}
         shown = [f"{found['mean'][key]:.3f}" + (f" ± {spread[key]:.3f}" if spread else "") for key in columns]
         rows.append([name, f"{found['processor time over sft']:.2f}", *shown])
-    seeds = len(results["settings"]["seeds"])
-    about = f"{results['settings']['steps']} steps, {seeds} seed{'s' * (seeds > 1)}" + "; ± is the standard deviation" * (seeds > 1)
+    steps, seeds = results["settings"]["steps"], len(results["settings"]["seeds"])
+    about = f"{steps} steps, one seed" if seeds == 1 else f"{steps} steps, {seeds} seeds; ± is the standard deviation"
     return table(["", "processor time / SFT", *columns.values()], rows) + f"\n\n{about}."
 
 

@@ -462,11 +462,24 @@ CONVERGENCE = {
         },
     },
 }
-OTHERS = {
-    render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CONVERGENCE: CONVERGENCE, render.CACHE: CACHE,
-    render.STUDY: STUDY,
+MOMENT = {"date": "2026-01-01", "commit": "a" * 40, "modified": False}
+ON_A_CPU = {"machine": {"model": "a CPU", "torch": "2.13.0"}, "moment": MOMENT}
+SAMPLING = ON_A_CPU | {
+    "targets": {"sample": 1.15},
+    "results": {
+        "small, 256 rows": {"product": {"p50_ms": 3.0, "of_product": 1.0}, "sample": {"of_product": 1.04}},
+        "large, 256 rows": {"product": {"p50_ms": 5.0, "of_product": 1.0}, "sample": {"skipped": "no room"}},
+    },
 }
-"""Files of the blocks that are on every machine."""
+ROLLOUTS = ON_A_CPU | {"results": {"tiny, 1, greedy": {
+    "tokens_per_s": 900.0, "generate_tokens_per_s": 800.0, "times_as_fast": 1.12, "sampler": 0.2,
+    "theirs_outside_of_the_model": 0.3,
+}}}
+OTHER_FILES = {
+    render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CONVERGENCE: CONVERGENCE, render.CACHE: CACHE,
+    render.STUDY: STUDY, render.SAMPLING: SAMPLING, render.ROLLOUTS: ROLLOUTS, render.GPU_SAMPLING: SAMPLING,
+}
+"""Beside those of the comparisons."""
 
 
 def _file_of(results: dict) -> dict[str, dict]:
@@ -490,7 +503,7 @@ MARKERS += "<!-- divergences -->\n<!-- /divergences -->\n<!-- methods -->\n<!-- 
 
 
 def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
-    files = _file_of(results) | OTHERS
+    files = _file_of(results) | OTHER_FILES
     new = render.rendered(MARKERS, _reader(files))
     assert new.startswith("before\n") and new.endswith("after\n") and "old\n" not in new
     assert new.count("between\n") == len(render.BLOCKS)
@@ -510,7 +523,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
 
 
 def test_every_row_of_a_table_has_all_columns(results: dict) -> None:
-    files = _file_of(results) | OTHERS
+    files = _file_of(results) | OTHER_FILES
     for file, content in files.items():
         for block in (block for block in render.BLOCKS.values() if block.file == file):
             text = block.text(_reader({file: content}))

@@ -115,9 +115,10 @@ class CausalLM(nn.Module):
 
     def logits_of(self, hidden: Tensor) -> LinearLogits:
         """What stands for the logits of hidden states ``[..., H]`` that the final norm has been applied to."""
+        head = self.head  # which transformers looks for at length
         return LinearLogits(
-            hidden, self.head.weight, getattr(self.head, "bias", None),
-            scale=self.scale, softcap=self.softcap, valid_vocab=self.valid_vocab,
+            hidden, head.weight, getattr(head, "bias", None), scale=self.scale, softcap=self.softcap,
+            valid_vocab=self.valid_vocab,
         )
 
     def forward(self, batch: Batch) -> LinearLogits:
