@@ -2,9 +2,9 @@
 
     OMP_WAIT_POLICY=passive .venv-integrations/bin/python -m bench.convergence FOLDER smollm2-135m-instruct
 
-writes bench/results/cpu_convergence.json. The teacher is each model that is named (SmolLM2, or a folder of any causal
-language model), the student its first, middle and last layer, the text what the teacher itself samples, so no tokenizer
-is needed.
+writes bench/results/cpu_convergence.json, of which ``bench.render`` makes the README's lines. The teacher is each model
+that is named (SmolLM2, or a folder of any causal language model), the student its first, middle and last layer, the
+text what the teacher itself samples, so no tokenizer is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from bench import machine
+from bench import machine, tables
 from bench.dense_trainer import DenseKL
 from bench.integrations import PACKAGES
 from kd_trainer.integrations import hf, trl
@@ -90,22 +90,25 @@ def largest_difference(of: dict[str, list[float]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
+    models = parser.parse_args().models
     content = {
         "machine": machine.describe(), "versions": {package: machine.version(package) for package in PACKAGES},
-        "measured": machine.moment(), "steps": STEPS, "tokens_a_step": BATCH * (LENGTH - 4), "models": {},
+        "steps": STEPS, "tokens_a_step": BATCH * (LENGTH - 4), "comparisons": {},
     }
-    for name in parser.parse_args().models:
+    if RESULT.exists():
+        before = json.loads(RESULT.read_text())
+        if before | {"comparisons": {}} == content:  # the same machine, versions and shape: the others' curves stand
+            content["comparisons"] = before["comparisons"]
+    for name in models:
         teacher = load_pretrained(name)
         teacher.name_or_path = ""  # its tokenizer is not asked for
-        content["models"][Path(name).name] = {
-            trainer: (found := curves(teacher, trainer)) | {"largest_difference": largest_difference(found)}
-            for trainer in ("transformers", "trl")
-        }
-        RESULT.write_text(json.dumps(content, indent=1) + "\n")
-    for name, trainers in content["models"].items():
-        for trainer, found in trainers.items():
-            first, last = (sum(found["ours"][part]) / 5 for part in (slice(5), slice(-5, None)))
-            print(f"{name}, {trainer}: {first:.4f} to {last:.4f}, apart by {found['largest_difference']:.1e} at most")
+        for trainer in ("transformers", "trl"):
+            found = curves(teacher, trainer)
+            content["comparisons"][f"{Path(name).name}, {trainer}"] = found | {
+                "largest_difference": largest_difference(found), "measured": machine.moment(),
+            }
+            RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    print(tables.convergence(content))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ RESULTS = ROOT / "bench" / "results"
 CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
 SAMPLING, GPU_SAMPLING, ROLLOUTS = "cpu_sampling.json", "gpu_sampling.json", "cpu_rollouts.json"
 CACHE, STUDY, METHODS = "cache_page.json", "cpu_study_text2sql.json", "methods_page.json"
+CONVERGENCE = "cpu_convergence.json"
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "docs" / "methods.md")
 
@@ -81,6 +82,7 @@ BLOCKS = {
     "cache": Block(CACHE, tables.cache),
     "study": Block(STUDY, tables.study),
     "integrations": Block(DROP_IN, tables.drop_in),
+    "convergence": Block(CONVERGENCE, tables.convergence),
     "sampling": Block(SAMPLING, tables.sampling),
     "rollouts": Block(ROLLOUTS, tables.rollouts),
     "gpu-sampling": Block(GPU_SAMPLING, tables.sampling, missing="Not yet measured: draws on a GPU."),

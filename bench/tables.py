@@ -281,6 +281,20 @@ def drop_in(results: dict) -> str:
     return "\n\n".join([table(["yours", "ours", "memory", "time"], rows), *reasons, about])
 
 
+def convergence(results: dict) -> str:
+    """Whether a run by our loss is the run that it was by theirs."""
+    rows = []
+    for name, record in results["comparisons"].items():
+        first, last = (sum(part) / len(part) for part in (record["ours"][:5], record["ours"][-5:]))
+        rows.append([name, f"{first:.3f} to {last:.3f}", f"{100 * record['largest_difference']:.2g}%"])
+    header = ["teacher, trainer", "loss, means of the first and the last five", "apart at any step by at most"]
+    return (
+        f"{results['steps']} steps of AdamW in fp32 by their loss and by ours, of one student on the same batches of "
+        f"{results['tokens_a_step']} tokens that the teacher sampled; {results['machine']['model']}, "
+        f"{_provenance(results)}:\n\n{table(header, rows)}"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ the demo
 
 

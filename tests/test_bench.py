@@ -453,6 +453,15 @@ DROP_IN = {
 }
 
 
+CONVERGENCE = {
+    "machine": DROP_IN["machine"], "steps": 2, "tokens_a_step": 64,
+    "comparisons": {
+        "a model, trl": {
+            "theirs": [2.0, 1.0], "ours": [2.0, 1.002], "largest_difference": 0.002,
+            "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
+        },
+    },
+}
 MOMENT = {"date": "2026-01-01", "commit": "a" * 40, "modified": False}
 ON_A_CPU = {"machine": {"model": "a CPU", "torch": "2.13.0"}, "moment": MOMENT}
 SAMPLING = ON_A_CPU | {
@@ -467,8 +476,8 @@ ROLLOUTS = ON_A_CPU | {"results": {"tiny, 1, greedy": {
     "theirs_outside_of_the_model": 0.3,
 }}}
 OTHER_FILES = {
-    render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE, render.STUDY: STUDY, render.SAMPLING: SAMPLING,
-    render.ROLLOUTS: ROLLOUTS, render.GPU_SAMPLING: SAMPLING,
+    render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CONVERGENCE: CONVERGENCE, render.CACHE: CACHE,
+    render.STUDY: STUDY, render.SAMPLING: SAMPLING, render.ROLLOUTS: ROLLOUTS, render.GPU_SAMPLING: SAMPLING,
 }
 """Beside those of the comparisons."""
 
@@ -502,6 +511,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
     assert "| teacher | 12.3 | 0.000 | 0.000 | 100.0% | 100.0% | 0.020 |" in new and "1.5 minutes" in new
     assert "| 7 to 7 MiB | 4 to 2 ms |" in new and "ForwardKLWithChunkedOutputLoss` (no torchtune)" in new
     assert "$ kdk cache info c\nrows 3" in new and "| 2.25 | 99 | 1 MiB |" in new and "Seeds of each method: 2" in new
+    assert "| a model, trl | 1.501 to 1.501 | 0.2% |" in new
     on_cpu = render.CPU in files
     assert ("Not yet measured on a GPU." in new) == on_cpu and ("3 MiB" in new) == on_cpu
     assert ("cpu_rows.png" if on_cpu else "gpu_rows.png") in new
