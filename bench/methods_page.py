@@ -22,6 +22,7 @@ from bench import machine
 from bench.kid import write
 from kd_trainer.tiny import make_tiny
 
+SOME = "--data text.jsonl --limit 40"
 PROGRAM = "import sys; from kd_trainer.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -31,8 +32,8 @@ class Example:
 
     Attributes:
         config: the YAML file that it reads, ``NAME.yaml``; None: one that an earlier example wrote, or none.
-        fields: of the lines of metrics.jsonl that are shown, the first and the last or, with ``origins``, the first of each
-            origin of its texts.
+        fields: of the lines of metrics.jsonl that are shown: the first and the last, or with ``origins`` the first of
+            each origin of its texts.
     """
 
     command: str
@@ -47,7 +48,7 @@ method: distillm
 out: runs/distillm
 teacher: {model: teacher}
 student: {layers: [0, 3]}
-data: {source: text.jsonl, max_length: 96, append_eos: true, holdout: 0.2}   # the schedule goes by the loss on held-out texts
+data: {source: text.jsonl, max_length: 96, append_eos: true, holdout: 0.2}   # whose loss the schedule goes by
 options: {threshold: 0.9, capacity: 24}
 optim: {lr: 2e-3}
 rollout: {max_new_tokens: 60}
@@ -84,9 +85,9 @@ data: {source: text.jsonl, max_length: 96, append_eos: true}
 optim: {lr: 5e-3}
 train: {steps: 80, batch_tokens: 1024}
 """, ("step", "loss", "divergence", "agreement", "aligned")),
-    "accepted": Example("kdk diagnose accepted --target teacher --draft runs/griffin/model --data text.jsonl --limit 40 --gamma 4"),
-    "exposure": Example("kdk diagnose exposure --teacher teacher --student runs/kid/model --data text.jsonl --limit 40 --samples 4"),
-    "fidelity": Example("kdk diagnose fidelity --teacher teacher --student runs/kid/model --data text.jsonl --limit 40"),
+    "accepted": Example(f"kdk diagnose accepted --target teacher --draft runs/griffin/model {SOME} --gamma 4"),
+    "exposure": Example(f"kdk diagnose exposure --teacher teacher --student runs/kid/model {SOME} --samples 4"),
+    "fidelity": Example(f"kdk diagnose fidelity --teacher teacher --student runs/kid/model {SOME}"),
 }
 """By the name of their block on the page, in the order in which they run."""
 

@@ -87,7 +87,10 @@ BLOCKS = {
     "on-policy": Block("cpu_on_policy.json", tables.on_policy),
     "kid": Block("cpu_kid.json", tables.kid),
 } | {
-    f"method-{name}": Block(METHODS, functools.partial(tables.example, name=name)) for name in methods_page.EXAMPLES
+    f"method-{name}": Block(
+        METHODS, functools.partial(tables.example, name=name), missing=tables.command(example.config, example.command)
+    )
+    for name, example in methods_page.EXAMPLES.items()
 }
 """By marker."""
 

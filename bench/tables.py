@@ -360,12 +360,17 @@ def rollouts(results: dict) -> str:
 # --------------------------------------------------------------------------------------------------------- the methods
 
 
+def command(config: str | None, line: str, printed: str = "") -> str:
+    """A YAML file, and a command with what it printed."""
+    file = "" if config is None else f"```yaml\n{config.strip()}\n```\n\n"
+    return f"{file}```\n$ {line}\n{printed}```"
+
+
 def example(results: dict, name: str) -> str:
-    """A run of docs/methods.md: its file, its command, and what that printed."""
+    """A run of docs/methods.md."""
     shown = results["examples"][name]
-    config = "" if shown["config"] is None else f"```yaml\n{shown['config'].strip()}\n```\n\n"
-    metrics = f"\n\n# lines of metrics.jsonl, some fields left out\n{shown['metrics']}" if shown["metrics"] else ""
-    return f"{config}```\n$ {shown['command']}\n{shown['output']}{metrics}\n```"
+    metrics = f"\n# lines of metrics.jsonl, some fields left out\n{shown['metrics']}\n" if shown["metrics"] else ""
+    return command(shown["config"], shown["command"], f"{shown['output']}\n{metrics}")
 
 
 def on_policy(results: dict) -> str:
@@ -375,7 +380,8 @@ def on_policy(results: dict) -> str:
         for run, origins in results["runs"].items() for origin, found in origins.items()
     ]
     header = ["method", "its texts", "seconds a step", "of SFT's", "steps"]
-    return table(header, rows) + f"\n\nMedians, on {results['machine']['model']}, {results['machine']['threads']} threads."
+    made = results["machine"]
+    return f"{table(header, rows)}\n\nMedians, on {made['model']}, {made['threads']} threads."
 
 
 def kid(results: dict) -> str:
@@ -390,8 +396,8 @@ def kid(results: dict) -> str:
         spread = found["deviation"] or {}
         shown = [f"{found['mean'][key]:.3f}" + (f" ± {spread[key]:.3f}" if spread else "") for key in columns]
         rows.append([name, f"{found['processor time over sft']:.2f}", *shown])
-    seeds = len(results["settings"]["seeds"])
-    about = f"{results['settings']['steps']} steps, {seeds} seed{'s' * (seeds > 1)}" + "; ± is the standard deviation" * (seeds > 1)
+    steps, seeds = results["settings"]["steps"], len(results["settings"]["seeds"])
+    about = f"{steps} steps, one seed" if seeds == 1 else f"{steps} steps, {seeds} seeds; ± is the standard deviation"
     return table(["", "processor time / SFT", *columns.values()], rows) + f"\n\n{about}."
 
 

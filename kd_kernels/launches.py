@@ -408,7 +408,9 @@ def _target_rows(choice: Choice) -> None:
     certain, width = min(certain, columns), min(columns, draws + certain)
     rectangle = lambda dtype: _empty(rows, width, dtype=dtype)  # noqa: E731
     request = TargetRequest(*(_of_rows(choice, torch.int64) for _ in range(3)), 0.5, draws, certain)
-    out = RowTargets(_empty(rows, dtype=torch.int64), rectangle(torch.int64), rectangle(torch.float32), rectangle(torch.float32))
+    out = RowTargets(
+        _empty(rows, dtype=torch.int64), rectangle(torch.int64), rectangle(torch.float32), rectangle(torch.float32)
+    )
     _triton("sampling").target_rows(_raw_rows(choice, "logits"), request, out)
 
 

@@ -24,7 +24,8 @@ def launch(command: Sequence[str], processes: int = 2, *, folders: Sequence[str]
         try:
             for rank in range(processes):
                 env = os.environ | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                    "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
                     "PYTHONPATH": os.pathsep.join([*folders, *sys.path]),
                 }

@@ -20,8 +20,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process, and compiles nothing", allow_module_level=True)
 
-from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, kd_loss, sample, sampled_targets, token_stats, topk_targets
-from kd_kernels import _backend, aot, launches
+from kd_kernels import (
+    EnsembleLogits, LinearLogits, SparseTargets, _backend, aot, kd_loss, launches, sample, sampled_targets, token_stats,
+    topk_targets,
+)
 from kd_kernels.loss import api as loss_api
 from kd_kernels.loss.plan import TAILS
 from kd_kernels.sampling import driver as sampling_driver

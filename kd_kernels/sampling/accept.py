@@ -63,8 +63,8 @@ def accept_or_resample(
 
     Rows are independent: the caller who tests several drafts of one sequence discards what follows the first that was
     refused. Only refused rows are drawn anew; they are gathered first. A replacement is the draw of
-    ``sample(..., purpose="resample")`` at the row's seed, key and position, whichever other rows were refused, and shares no words
-    with the draft's own draw nor with its test (``DRAWS.md`` beside this file, section 7).
+    ``sample(..., purpose="resample")`` at the row's seed, key and position, whichever other rows were refused, and
+    shares no words with the draft's own draw nor with its test (``DRAWS.md`` beside this file, section 7).
 
     Args:
         drafts: int64 or int32, ids in 0..V-1, of the rows' shape.

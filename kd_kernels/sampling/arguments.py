@@ -19,11 +19,15 @@ def check_vocab(where: str, backend: str, columns: int, tensors: list[Tensor]) -
     if backend == "triton":
         _backend.check_triton_takes(where, columns, *tensors)
     if columns > _backend.MAX_VOCAB:
-        _check.fail(where, "the vocabulary", f"at most {_backend.MAX_VOCAB}, whose groups the counter can tell apart", columns)
+        _check.fail(
+            where, "the vocabulary", f"at most {_backend.MAX_VOCAB}, whose groups the counter can tell apart", columns
+        )
 
 
 def check_budget(where: str, max_scratch_bytes: object) -> None:
-    if max_scratch_bytes is not None and (isinstance(max_scratch_bytes, bool) or not isinstance(max_scratch_bytes, int)):
+    if max_scratch_bytes is not None and (
+        isinstance(max_scratch_bytes, bool) or not isinstance(max_scratch_bytes, int)
+    ):
         _check.fail_type(where, "max_scratch_bytes", "a number of bytes (int)", type(max_scratch_bytes).__name__)
 
 
@@ -43,7 +47,8 @@ class Place(NamedTuple):
 
 
 class Warp(NamedTuple):
-    """How a distribution is tempered and cut: a number that holds for all rows, and is in range, or ``[N]``; None: not at all."""
+    """How a distribution is tempered and cut: a number that holds for all rows, and is in range, or ``[N]``; None: not
+    at all."""
 
     temperature: float | Tensor  # fp64
     top_k: int | Tensor | None  # int64

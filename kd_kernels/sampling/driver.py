@@ -1,4 +1,5 @@
-"""From a noun and per-row arguments to samples: the registered op, its walk over chunks of rows, and what it refuses."""
+"""From a noun and per-row arguments to samples: the registered op, its walk over chunks of rows, and what it
+refuses."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "trito
 """By backend, the module with its ``sample_rows``; imported when the backend first runs."""
 
 INVERSE_RANGE = (2.0**-126, 3.4028234663852886e38)
-"""Of 1 / temperature: normal numbers of fp32, so that a logit of -inf stays -inf at an infinite temperature, and the largest
-logit stays 0 below itself at the smallest."""
+"""Of 1 / temperature: normal numbers of fp32, so that a logit of -inf stays -inf at an infinite temperature, and the
+largest logit stays 0 below itself at the smallest."""
 
 
 class Call(NamedTuple):

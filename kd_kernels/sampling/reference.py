@@ -1,8 +1,8 @@
 """Draws in torch operations: any device, any dtype. The text to read first, beside ``DRAWS.md``, which it follows.
 
-An implementation takes a chunk of C rows of logits with a :class:`Request` and writes what :class:`RowSamples` names. It
-reads nothing from the device. A row that is no distribution (NaN, +inf, or -inf throughout; or an inverse temperature of
-NaN, which stands for an argument out of range) gets the id -1 and NaN.
+An implementation takes a chunk of C rows of logits with a :class:`Request` and writes what :class:`RowSamples` names.
+It reads nothing from the device. A row that is no distribution (NaN, +inf, or -inf throughout; or an inverse
+temperature of NaN, which stands for an argument out of range) gets the id -1 and NaN.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def target_scratch(columns: int, request: TargetRequest, dtype: torch.dtype) -> 
 
 
 def kept(z: Tensor, inverse: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
-    """bool ``[C, V]``: the ids that the filters leave, of logits ``[C, V]``. Masses in fp64, relative to the largest."""
+    """bool ``[C, V]``: the ids that the filters leave, of logits ``[C, V]``. Masses in fp64, relative to the
+    largest."""
     order = z.double().sort(dim=1, descending=True, stable=True)
     place = torch.arange(z.shape[1], device=z.device)
     tempered = (order.values - order.values[:, :1]) * inverse.double()[:, None]
@@ -111,7 +112,8 @@ def grouped(z: Tensor) -> Tensor:
 
 
 def group_sums(z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits ``[C, G, 128]``: the maximum m of each group, and the sum of exp((z - m) / T) in the contract's order."""
+    """Of logits ``[C, G, 128]``: the maximum m of each group, and the sum of exp((z - m) / T) in the contract's
+    order."""
     top = z.amax(2)
     share = ((z - torch.where(top > -torch.inf, top, 0.0)[..., None]) * inverse[:, None, None]).exp()
     while share.shape[2] > 1:

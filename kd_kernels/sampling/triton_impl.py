@@ -165,7 +165,8 @@ def target_rows(rows: RawRows, request: TargetRequest, out: RowTargets) -> None:
     draw_targets_kernel[(count,)](
         raw, bias, request.seeds, request.keys, request.positions, inverse, maxima, sums, left_maxima, left_sums,
         listed, new(count, n_groups, dtype=torch.float64), bounds, ids, logits, state, raw.stride(0), columns, n_groups,
-        n_groups.bit_length(), request.draws, request.certain, width, has_bias, *logits_map, CERTAIN=request.certain > 0,
+        n_groups.bit_length(), request.draws, request.certain, width, has_bias, *logits_map,
+        CERTAIN=request.certain > 0,
         BLOCK=launch.block, DRAWS=config.DRAWS, num_warps=config.DRAWS * GROUP // (8 * warp_size), **UNFUSED,
     )
     top, mass, peak, total = state.split(1, 1)

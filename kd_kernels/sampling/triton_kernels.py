@@ -1,9 +1,9 @@
 """The draws of ``DRAWS.md`` as Triton kernels. A row of logits is read once; the race is between summaries.
 
-First pass, over all of a chunk: each vocabulary group's maximum and sums (of few rows, with the head's product). Second,
-only where there are filters: the key of the last logit that stays, and the sums of what is left. Third, a program a
-row: the race between the groups, the pick inside of the one that won, and the numbers that go with it. Only the group
-that won is looked at again.
+First pass, over all of a chunk: each vocabulary group's maximum and sums (of few rows, with the head's product).
+Second, only where there are filters: the key of the last logit that stays, and the sums of what is left. Third, a
+program a row: the race between the groups, the pick inside of the one that won, and the numbers that go with it. Only
+the group that won is looked at again.
 
 What the contract rounds to fp32 is rounded, so multiplications and additions must not be fused
 (``enable_fp_fusion=False``).
@@ -112,8 +112,9 @@ def head_groups_kernel(
     hidden_stride, weight_stride, stride, n_rows, n_columns, n_hidden, n_groups, has_bias, factor, height,
     STATS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):
-    """The head's product for up to ROWS rows, and the summaries of the one group that this program has of each, while it
-    has them. Moves 2 V H bytes of weights, once, 4 C V of products, which only what follows may read, and 12 G a row."""
+    """The head's product for up to ROWS rows, and the summaries of the one group that this program has of each, while
+    it has them. Moves 2 V H bytes of weights, once, 4 C V of products, which only what follows may read, and 12 G a
+    row."""
     group = tl.program_id(0).to(tl.int64)
     o_j, o_r, o_h = tl.arange(0, GROUP), tl.arange(0, ROWS), tl.arange(0, DEPTH)
     exists, is_row = group * GROUP + o_j < n_columns, o_r < n_rows
@@ -549,7 +550,8 @@ def certain_kernel(
         inverse, GROUP, False, MEMBERS,
     )
     last = id_of_nth_equal(
-        raw_row, bias_ptr, has_bias, groups_row, n, n_columns, factor, height, key, certain - above.to(tl.int32), MEMBERS
+        raw_row, bias_ptr, has_bias, groups_row, n, n_columns, factor, height, key, certain - above.to(tl.int32),
+        MEMBERS
     )
     tl.store(bounds_ptr + row * N_BOUNDS, key)
     tl.store(bounds_ptr + row * N_BOUNDS + 1, last)
@@ -603,8 +605,8 @@ def draw_targets_kernel(
     """Ids that are drawn, each with its logit, behind the row's certain ones; -inf where nothing is left to draw. Moves
     20 G bytes a row and 12 a draw from and to memory; 128 logits a draw and the search come from cache.
 
-    A row's state: the largest logit that is left, the mass of those relative to it at the temperature; the largest logit
-    of all, and the sum of all relative to it."""
+    A row's state: the largest logit that is left, the mass of those relative to it at the temperature; the largest
+    logit of all, and the sum of all relative to it."""
     row = tl.program_id(0).to(tl.int64)
     raw_row, at = raw_ptr + row * stride, row * n_groups
     inverse = tl.load(inverse_ptr + row).to(tl.float64)

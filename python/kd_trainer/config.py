@@ -214,7 +214,7 @@ def _import(module: str) -> None:
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # the module is there, and lacks another
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # it is there, and lacks another
             raise
         fail("config", "imports", "modules that Python finds", repr(module), "put its folder into PYTHONPATH")
 

@@ -48,8 +48,8 @@ class MethodSpec:
         source: the paper.
         build: puts it together out of a configuration and what was loaded for it.
         options: frozen dataclass of its own settings; its defaults are the paper's.
-        defaults: other keys of the configuration that the paper decides, as a tree: ``{"objective": {...}}``. What the user
-            writes goes before them. Its "options", for classes that several methods share, need a
+        defaults: other keys of the configuration that the paper decides, as a tree: ``{"objective": {...}}``. What the
+            user writes goes before them. Its "options", for classes that several methods share, need a
             :class:`~kd_trainer.section.Section`.
         needs: keys of :data:`NEEDS`.
     """
@@ -98,7 +98,8 @@ def register(spec: MethodSpec) -> MethodSpec:
     if unknown:
         fail("register", f"needs of {spec.name}", "among " + ", ".join(NEEDS), ", ".join(sorted(unknown)))
     if "options" in spec.defaults and not issubclass(spec.options, Section):
-        fail("register", f"options of {spec.name}", "a Section, since defaults decide some of them", spec.options.__name__)
+        need = "a Section, since defaults decide some of them"
+        fail("register", f"options of {spec.name}", need, spec.options.__name__)
     if spec.name in _specs:
         fail("register", "name", "free", repr(spec.name), "a method of this name is there already")
     _specs[spec.name] = spec

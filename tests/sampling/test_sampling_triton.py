@@ -163,7 +163,10 @@ def test_targets_are_those_of_the_reference_in_any_tile_chunk_and_order(
     """Rows with masks, with ties alone, and with fewer ids than are certain."""
     rows, at = eighths(4, 400).bfloat16(), place(4)
     rows[1, ::2], rows[2], rows[3, 30:] = -torch.inf, 0.0, -torch.inf
-    draw = lambda z, at, backend="triton", **more: sampled_targets(z, 6, **at, **arguments, backend=backend, **more)  # noqa: E731
+
+    def draw(z, at, backend="triton", **more):
+        return sampled_targets(z, 6, **at, **arguments, backend=backend, **more)
+
     whole, expected = draw(rows, at), draw(rows, at, "reference")
     assert torch.equal(whole.offsets, expected.offsets) and torch.equal(whole.ids, expected.ids)
     torch.testing.assert_close(whole.logprobs, expected.logprobs, rtol=2e-6, atol=2e-6)

@@ -40,8 +40,8 @@ class AcceptedLength:
 
     Attributes:
         length: tokens a round, those that the target adds included. The last round of a text ends with it.
-        kept: of drafts that were tested, the share that was kept: the first of a round, the second, ...; None where none
-            was tested.
+        kept: of drafts that were tested, the share that was kept: of the first of a round, the second, and so on; None
+            where none was tested.
     """
 
     texts: int
@@ -78,8 +78,8 @@ def accepted_length(
     Raises:
         ValueError: other vocabularies; no prompts; gamma below 1; a draft that needs a mask and does not obey it.
 
-    Cost: the target's roll-outs and one pass over them; of the draft one pass, or with a ``fusion`` gamma, the last over
-    gamma texts side by side.
+    Cost: the target's roll-outs and one pass over them; of the draft one pass, or with a ``fusion`` gamma, of which the
+    last is over gamma texts side by side.
     """
     where = "accepted_length"
     if target.vocab != draft.vocab:
@@ -128,7 +128,8 @@ def load_fusion(folder: str | Path) -> Fusion | None:
     """The fusion layer that a training left beside its draft; None where there is none, as of any other student."""
     file = Path(folder) / OBJECTIVES
     found = load_file(file) if file.is_file() else {}
-    weights = {name.removeprefix("main.fuse."): tensor for name, tensor in found.items() if name.startswith("main.fuse.")}
+    prefix = "main.fuse."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
     if not weights:
         return None
     fusion = Fusion(weights["weight"].shape[0])

@@ -118,7 +118,7 @@ def excess_error(
         ValueError: other vocabularies; no prompts; no ``max_new_tokens``; no error on the teacher's contexts; teacher's
             texts of other prompts.
 
-    Cost: the roll-outs of both models (of the student alone with ``by_teacher``), and one pass of both over all of them.
+    Cost: the roll-outs of both models (with ``by_teacher`` of the student alone), and a pass of both over all of them.
     """
     where = "excess_error"
     if teacher.vocab != student.vocab:
@@ -132,7 +132,8 @@ def excess_error(
     texts["teacher"] = by_teacher or oracle_texts(teacher, documents, options, **how)
     repeated = [prompt.tolist() for prompt in prompts for _ in range(samples)]
     if repeated != [text.tokens[: text.first_target].tolist() for text in texts["teacher"]]:
-        fail(where, "by_teacher", f"{samples} texts of each of the {len(prompts)} prompts", f"{len(by_teacher)} of others")
+        need = f"{samples} texts of each of the {len(prompts)} prompts"
+        fail(where, "by_teacher", need, f"{len(by_teacher)} of others")
     errors, tokens = {}, {}
     for name, own in texts.items():
         found = divergences_along(teacher, student, own, batch_tokens)

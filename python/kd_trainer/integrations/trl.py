@@ -146,7 +146,7 @@ def _initialise(init, trainer, kd: KDOptions, cache: str | None, args: tuple, kw
             fail(where, "processing_class", "given with a cache, whose tokenizer it must be", None)
         fingerprint = tokenizer_fingerprint(tokenizer)
     elif teacher is None:
-        fail(where, "teacher_model", "given, or cache", None)
+        fail(where, "teacher_model", "given" if is_distillation else "given, or cache", None)
     else:
         compare_tokenizers(tokenizer or own_tokenizer(given["model"]), teacher)
 

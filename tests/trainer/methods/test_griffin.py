@@ -159,9 +159,9 @@ def test_a_run_keeps_the_targets_head_and_saves_the_fusion(make_config, tiny, te
     saved, target = load_file(model / "model.safetensors"), load_pretrained(str(tiny))
     assert torch.equal(saved["model.embed_tokens.weight"], target.model.embed_tokens.weight)
     assert not torch.equal(saved["model.layers.0.mlp.up_proj.weight"], target.model.layers[3].mlp.up_proj.weight)
-    diagnose = ["accepted", "--target", str(tiny), "--draft", str(model), "--prompt-tokens", "6", "--max-new-tokens", "5"]
     told = tmp_path / "accepted.json"
-    assert main(["diagnose", *diagnose, "--gamma", "2", "--data", str(text), "--limit", "4", "--json", str(told)]) == 0
+    asked = f"--prompt-tokens 6 --max-new-tokens 5 --gamma 2 --data {text} --limit 4 --json {told}".split()
+    assert main(["diagnose", "accepted", "--target", str(tiny), "--draft", str(model), *asked]) == 0
     assert "accepted length" in capsys.readouterr().out and 1.0 <= json.loads(told.read_text())["length"] <= 3.0
     fusion = load_file(model / "objectives.safetensors")
     assert torch.equal(load_fusion(model).weight, fusion["main.fuse.weight"]) and load_fusion(tiny) is None
@@ -214,7 +214,8 @@ def test_the_accepted_length_is_that_of_speculative_decoding(pair, fused):
     assert found.length == 4 * new / len(kept) and max(kept) >= 2 and 0 in kept
     assert found.kept[0] == pytest.approx(sum(count > 0 for count in kept) / len(kept), abs=0.1)  # but for texts' ends
     if not fused:
-        assert accepted_length(models[0], models[0], documents, Written(max_new_tokens=8), gamma=3).kept == (1.0, 1.0, 1.0)
+        itself = accepted_length(models[0], models[0], documents, Written(max_new_tokens=8), gamma=3)
+        assert itself.kept == (1.0, 1.0, 1.0)
 
 
 def test_rounds_by_hand():

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from built_method import built
 
+from built_method import built
 from kd_trainer.config import Config, from_tree
 from kd_trainer.data import Document
 from kd_trainer.methods.dco import DirectCoverage, coverage
@@ -118,7 +118,7 @@ def test_idk(ceiling, power):
 
 
 def test_a_token_that_is_not_there(make_config):
-    message = r"options.token must be a token of the vocabulary, got '\[IDK\]'; name one that texts never use, or add it"
+    message = r"options.token must be a token of the vocabulary, got '\[IDK\]'; name one that texts never use, or add"
     with pytest.raises(ValueError, match=message):
         built(make_config(method="idk"), SimpleNamespace(vocab=257), [Document(torch.arange(5))])
 

@@ -1,4 +1,4 @@
-"""The methods whose tokens are the data's own, as a run builds them: every setting reaches the formula that is minimised."""
+"""The methods whose tokens are the data's own, as a run builds them: every setting reaches the formula."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def dco(p, other, q):
     ("baby_llama", 2, {"options": {"alpha": 0.3, "temperature": 2.0, "kd_scale": 3.0}}, baby_llama),
     ("baby_llama", 2, {"options": {"temperature": 1.0, "space": "prob"}}, baby_llama_of_probabilities),
     ("muscle", 2, {"options": {"judge": "new"}, "objective": {"divergence": "reverse_kl"}}, muscle),
-    ("sel", 1, {"options": {"labels": "text"}}, lambda p, other, q: 0.5 * (labels_of(q) - labels_of(p)).square().mean()),
+    (
+        "sel", 1, {"options": {"labels": "text"}},
+        lambda p, other, q: 0.5 * (labels_of(q) - labels_of(p)).square().mean(),
+    ),
     (
         "mixce", 0, {"options": {"eta": 0.3}},
         lambda p, other, q: -((0.3 + 0.7 * labels_of(q).detach().exp()) * labels_of(q)).mean(),
