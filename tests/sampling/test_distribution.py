@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_kernels import sample
+from kd_kernels.sampling import philox
 
 DRAWS = 40_000
 
@@ -80,6 +81,25 @@ def test_the_far_tail_is_drawn_as_often_as_it_should_be() -> None:
         hits += int((ids != 77_777).sum())
     expected = draws * tail
     assert abs(hits - expected) < 4 * math.sqrt(expected), (hits, expected)
+
+
+FINE = [(105_715, 768), (182_433, 460), (214_911, 1571)]
+"""Positions of seed 3 and key 0 where the word of a group, of the 2,048 that 262,144 ids have, is below 30."""
+
+
+def test_the_tail_race_needs_more_than_24_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of the tail wins with a word that has no bit among its upper 24. A uniform of those bits alone, though it
+    is never 0, gives the race to the one likely id."""
+    positions, groups = torch.tensor(FINE).T
+    logits = torch.zeros(len(FINE), 262_144)
+    logits[:, 77_777] = 23.0
+    race = lambda backend: sample(  # noqa: E731
+        logits, seed=3, keys=torch.zeros_like(positions), positions=positions, backend=backend
+    ).ids
+    for backend in ("reference", "cpp"):
+        assert torch.equal(race(backend) // 128, groups)
+    monkeypatch.setattr(philox, "uniform", lambda word: ((word >> 8).double() + 0.5) * 2.0**-24)
+    assert race("reference").tolist() == [77_777] * len(FINE)
 
 
 def test_forbidden_ids_never_come_and_certain_ones_always_do() -> None:
