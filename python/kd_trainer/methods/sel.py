@@ -90,7 +90,8 @@ class CachedLabels:
         if len(unknown):
             raise CacheError(
                 f"train: cache {self._cached.reader.folder} must hold the teacher's log-probability of every next "
-                f"token, got none at row {int(unknown[0])} of a document; build it from the teacher with kdk cache build",
+                f"token, got none at row {int(unknown[0])} of a document; build it from the teacher with "
+                "kdk cache build",
                 self._cached.reader.folder,
             )
         return rows.next_logprobs
