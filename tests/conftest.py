@@ -115,8 +115,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error) -> None:
     """A worker of pytest-xdist is done, or died (then it has nothing to tell, and the run fails)."""
-    if not _not_collected:
-        _not_collected.update(getattr(node, "workeroutput", {}).get("not_collected", {}))
+    told = getattr(node, "workeroutput", {}).get("not_collected")
+    if told is not None:  # the last worker's word; this process has counted modules alone
+        _not_collected.clear()
+        _not_collected.update(told)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
