@@ -127,7 +127,8 @@ if __name__ == "__main__":
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[1])
     torch.distributed.barrier()
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     # gloo's threads outlive destroy_process_group(), because torch keeps the group where nothing of ours reaches
     # (default arguments of torch.distributed.nn.functional, DTensor's caches). One that lets go of a tensor while
     # Python is being taken down asks for the GIL, and the process aborts: "terminate called without an active
