@@ -69,7 +69,9 @@ template <class S> int64_t first_index_of(const S* z, S value, int64_t n) {
 }
 
 // A thread without a row would only be waited for.
-inline int threads_for(int64_t rows, int threads) { return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(rows, threads))); }
+inline int threads_for(int64_t rows, int threads) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(rows, threads)));
+}
 
 // Memory of one thread, for as long as the pass lasts.
 template <class S> struct Scratch {

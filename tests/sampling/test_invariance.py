@@ -95,6 +95,14 @@ def test_edges(backend: str) -> None:
         assert_equal(plain, sample(z, seed=0, **off, backend=backend))
 
 
+def test_rows_apart_by_more_than_an_int32_of_elements(backend: str) -> None:
+    z = logits(4)[:2, :300]
+    far = far_apart(*z)
+    for arguments in ({}, {"top_p": 0.7, "temperature": 0.9}):
+        one, other = (sample(x, seed=3, **arguments, return_stats=True, backend=backend) for x in (far, z))
+        assert_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("fault", "name"), [(torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "-inf at every id")]
 )

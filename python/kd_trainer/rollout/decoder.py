@@ -151,8 +151,8 @@ class Decoder:
             added = new.sum(1)
         self._width += count
         self.lengths = self.lengths + added
-        # Every small operation is a tenth faster than without gradients alone. What is gathered from other processes by
-        # hooks must stay an ordinary tensor.
+        # Small operations cost less than without gradients alone. But what hooks gather from other processes must stay
+        # an ordinary tensor.
         with torch.inference_mode(not torch.distributed.is_initialized()):
             output = self._model(
                 input_ids=ids, attention_mask=None if self._is_token is None else self._is_token.long(),
