@@ -38,8 +38,7 @@ template <class Sink> class RowWalk {
     order_ = cached_;
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return count(a) > count(b); });
     if (layout_.step > 0) gaps();
-    else
-      for (int64_t i = 0; i < static_cast<int64_t>(entries_.size()); ++i) exact(kGap, rows_.logprobs[rows_.offsets[0] + i]);
+    else for (const Entry& e : entries_) exact(kGap, rows_.logprobs[e.source]);
     ranks();
     weights();
     if (layout_.tail) tails();
@@ -77,7 +76,8 @@ template <class Sink> class RowWalk {
     const uint32_t fraction = static_cast<uint32_t>(static_cast<uint64_t>(first) % kFractions);
     const double shift = fraction / static_cast<double>(kFractions);
     const auto level_of = [&](uint32_t j) {
-      return static_cast<uint32_t>(std::max(0.0, std::nearbyint(rows_.logprobs[rows_.offsets[row] + j] * scale - shift)));
+      const double level = std::nearbyint(rows_.logprobs[rows_.offsets[row] + j] * scale - shift);
+      return static_cast<uint32_t>(std::max(0.0, level));
     };
     for (uint32_t j = 0; j < n; ++j) {
       const int64_t source = rows_.offsets[row] + j;
@@ -125,7 +125,8 @@ template <class Sink> class RowWalk {
     if (layout_.weights == Weights::counts)
       for (const int64_t row : cached_) {
         sink_.run();
-        for (uint32_t j = 0; j < count(row); ++j) sink_.number(kWeight, static_cast<uint32_t>(rows_.counts[entries(row)[j].source]));
+        for (uint32_t j = 0; j < count(row); ++j)
+          sink_.number(kWeight, static_cast<uint32_t>(rows_.counts[entries(row)[j].source]));
       }
   }
 
@@ -145,7 +146,8 @@ template <class Sink> class RowWalk {
         continue;
       }
       const int64_t units = std::llround(odds);
-      sink_.number(context, 1 + zigzag(units - (is_cut ? cut_tail : tail_of_level(entries(row)[count(row) - 1].level))));
+      const int64_t expected = is_cut ? cut_tail : tail_of_level(entries(row)[count(row) - 1].level);
+      sink_.number(context, 1 + zigzag(units - expected));
       if (is_cut) cut_tail = units;
     }
   }
@@ -260,8 +262,8 @@ std::vector<uint16_t> normalised(const std::vector<double>& counts) {
   return frequencies;
 }
 
-// Ranks to learn from. An id that was seen once would not have been seen without the entry that is looked at: in rows to
-// come such ids stand among those not seen yet. So they change places with some of these, evenly spread.
+// Ranks to learn from. An id that was seen once would not have been seen without the entry that is looked at: in rows
+// to come such ids stand among those not seen yet. So they change places with some of these, evenly spread.
 Ranks ranks_to_learn_from(const std::vector<uint8_t>& levels, const int32_t* id_counts) {
   Ranks ranks(levels);
   const size_t total = levels.size();

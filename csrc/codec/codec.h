@@ -24,11 +24,11 @@ struct RowsIn {
   const int32_t* counts;   // [nnz], or null
 };
 
-// Ids by frequency, and ranks by id. Within a block an id that comes moves up: it is likely to come again. Who is done with
-// the block takes that back.
+// Ids by frequency, and ranks by id. Within a block an id that comes moves up: it is likely to come again. Who is
+// done with the block takes that back.
 class Ranks {
  public:
-  explicit Ranks(const std::vector<uint8_t>& levels);                                           // by falling level, then rising id
+  explicit Ranks(const std::vector<uint8_t>& levels);  // by falling level, then rising id
   explicit Ranks(std::vector<uint32_t> ids) : id_of_rank(std::move(ids)) { find_ranks(); }  // [vocab], each id once
 
   void find_ranks();
@@ -43,8 +43,8 @@ class Ranks {
   std::vector<uint32_t> promoted_;
 };
 
-// The distributions of all contexts, and how frequent ids are. Memory: 0.9 KiB a context; where the model ranks ids, 1 byte an id
-// and 4 more for every thread that decodes at a time (8 where it encodes).
+// The distributions of all contexts, and how frequent ids are. Memory: 0.9 KiB a context; where the model ranks ids,
+// 1 byte an id and 4 more for every thread that decodes at a time (8 where it encodes).
 class RowModel {
  public:
   RowModel();

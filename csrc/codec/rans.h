@@ -1,10 +1,10 @@
-// Bytes to numbers: range coding with asymmetric numeral systems in four interleaved lanes, and raw bits beside it. For host
-// and device. FORMAT.md, section 4, is the normative text. Duda 2013, "Asymmetric numeral systems"; Giesen 2014, "Interleaved
-// entropy coders".
+// Bytes to numbers: range coding with asymmetric numeral systems in four interleaved lanes, and raw bits beside it.
+// For host and device. FORMAT.md, section 4, is the normative text. Duda 2013, "Asymmetric numeral systems"; Giesen
+// 2014, "Interleaved entropy coders".
 //
-// A number is coded as the symbol of its class and as many raw bits as the class leaves open. How likely the classes are
-// depends on the context, and a context is one distribution. Nothing here trusts the bytes that it reads: a reader that
-// runs past their end goes on with zeros, writes nothing, and says so when it is asked.
+// A number is coded as the symbol of its class and as many raw bits as the class leaves open. How likely the classes
+// are depends on the context, and a context is one distribution. Nothing here trusts the bytes that it reads: a
+// reader that runs past their end goes on with zeros, writes nothing, and says so when it is asked.
 #pragma once
 
 #include <cstddef>
@@ -47,8 +47,8 @@ KD_HOST_DEVICE inline uint32_t class_bits(uint32_t c) { return c < 16 ? 0 : (c -
 // How likely the classes are in one context. The last symbol of the alphabet is the escape: 32 raw bits follow. So any
 // number can be coded under any distribution, and the least of all, the escape alone, takes no more than those bits.
 //
-// A distribution is small, so that those of all contexts stay in the cache next to the core: a symbol is found from the first
-// one of its bucket of slots, mostly without a step that depends on the data.
+// A distribution is small, so that those of all contexts stay in the cache next to the core: a symbol is found from
+// the first one of its bucket of slots, mostly without a step that depends on the data.
 class Distribution {
  public:
   struct alignas(8) Symbol {
@@ -121,8 +121,8 @@ class CodeReader {
     return (1u << zeros) | bits(zeros);
   }
 
-  // A run of numbers: take(i, number i), which is of distribution_of(i), for i below count. Lanes are decoded at the same time,
-  // so distribution_of(i) must not depend on numbers of this run.
+  // A run of numbers: take(i, number i), which is of distribution_of(i), for i below count. Lanes are decoded at the
+  // same time, so distribution_of(i) must not depend on numbers of this run.
   template <class DistributionOf, class Take>
   KD_HOST_DEVICE void run(uint32_t count, const DistributionOf& distribution_of, const Take& take) {
     const size_t words_end = word_count_ + bits_size_ / 2;  // words that can be read: those behind the last are bits

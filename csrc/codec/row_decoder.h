@@ -1,4 +1,5 @@
-// Bytes to rows of a teacher, for host and device: no allocation, and no exception. FORMAT.md, section 4, is the normative text.
+// Bytes to rows of a teacher, for host and device: no allocation, and no exception. FORMAT.md, section 4, is the
+// normative text.
 #pragma once
 
 #include <cmath>
@@ -60,8 +61,8 @@ struct RowScratch {
   double levels[kBlockRows];     // the last so far of the rows in this order, in fractions
 };
 
-// Contexts. A gap depends on the place in the row; a rank on that, too, or, where the entry has the level of the one before, on
-// the octave of the rank before; and on whether the next entry has the same level.
+// Contexts. A gap depends on the place in the row; a rank on that, too, or, where the entry has the level of the one
+// before, on the octave of the rank before; and on whether the next entry has the same level.
 enum Context : uint32_t { kCount, kTail, kCutTail, kNext, kNextLevel, kIdLevel, kWeight, kGap, kRank = kGap + kPlaces,
                           kTie = kRank + 2 * kPlaces, kLogZ = kTie + 2 * kOctaves };
 
@@ -74,7 +75,8 @@ KD_HOST_DEVICE inline uint32_t place_of(uint32_t j) {
   return place < kPlaces ? place : kPlaces - 1;
 }
 
-// Where an entry has the level of the one before it, and where the next one has its. Entry 0 is apart: it stays the first.
+// Where an entry has the level of the one before it, and where the next one has its. Entry 0 is apart: it stays the
+// first.
 enum Company : uint8_t { kIsFollowed = 1, kIsTie = 2 };
 
 KD_HOST_DEVICE inline uint32_t rank_context(uint32_t place, uint32_t company, uint32_t before) {
@@ -106,12 +108,13 @@ KD_HOST_DEVICE inline float float_of(uint32_t bits) {
 
 constexpr uint32_t kInsertionMost = 16;  // longer runs of one level are sorted by a heap
 
-// Decodes the payload of a block. What was written counts only if there is no complaint, but id_of_rank is then and now as it was.
+// Decodes the payload of a block. What was written counts only if there is no complaint, but id_of_rank is then and
+// now as it was.
 class RowDecoder {
  public:
   // contexts [context_count(layout)]; id_of_rank [vocab], or null: every id is its own rank, always.
-  KD_HOST_DEVICE RowDecoder(const RowLayout& layout, const Distribution* contexts, uint32_t* id_of_rank, const RowsOut& out,
-                            RowScratch& scratch)
+  KD_HOST_DEVICE RowDecoder(const RowLayout& layout, const Distribution* contexts, uint32_t* id_of_rank,
+                            const RowsOut& out, RowScratch& scratch)
       : layout_(layout), contexts_(contexts), id_of_rank_(id_of_rank), out_(out), scratch_(scratch) {}
 
   KD_HOST_DEVICE Complaint decode(Span payload) {
@@ -212,7 +215,9 @@ class RowDecoder {
       uint32_t most = 0;
       reader_.run(
           height(j),
-          [&](uint32_t i) -> const Distribution& { return contexts[rank_context(place, company[i], j == 0 ? 0 : before[i])]; },
+          [&](uint32_t i) -> const Distribution& {
+            return contexts[rank_context(place, company[i], j == 0 ? 0 : before[i])];
+          },
           [&](uint32_t i, uint32_t number) {
             const uint64_t rank = (uint64_t{j == 0 ? 0 : before[i]} + 1) * (company[i] / kIsTie) + number;
             ranks[i] = static_cast<uint32_t>(rank);
@@ -255,8 +260,8 @@ class RowDecoder {
       });
   }
 
-  // Of entries of one level the one with the lower id comes first. Most have no company, or one: so ties are listed without a
-  // branch that depends on the data, and the first exchange is none either.
+  // Of entries of one level the one with the lower id comes first. Most have no company, or one: so ties are listed
+  // without a branch that depends on the data, and the first exchange is none either.
   KD_HOST_DEVICE void sort_ties() {
     uint32_t* const ties = scratch_.ties;
     for (uint32_t row = 0; row < rows(); ++row) {
@@ -284,7 +289,8 @@ class RowDecoder {
           ids[j - 1] = falls ? b : a;
           ids[j] = falls ? a : b;
         }
-        for (uint32_t to = j - 1; falls && is_tie(row, to) && ids[to - 1] > ids[to]; --to) swap(begin + to - 1, begin + to);
+        for (uint32_t to = j - 1; falls && is_tie(row, to) && ids[to - 1] > ids[to]; --to)
+          swap(begin + to - 1, begin + to);
       }
     }
   }
@@ -332,7 +338,8 @@ class RowDecoder {
     for (uint32_t i = 0; i < cached_; ++i) values[scratch_.cached[i]] = float_of(reader_.bits(32));
   }
 
-  // Of k entries the tail goes with the last. A row that was cut short of k was cut at some mass, like others before it.
+  // Of k entries the tail goes with the last. A row that was cut short of k was cut at some mass, like others before
+  // it.
   KD_HOST_DEVICE void tails() {
     if (is_exact()) return exact(out_.tail);
     const auto is_cut = [&](uint32_t i) { return scratch_.counts[scratch_.cached[i]] < layout_.k; };
@@ -350,7 +357,9 @@ class RowDecoder {
         });
   }
 
-  KD_HOST_DEVICE double last_level(uint32_t row) const { return floor(scratch_.levels[scratch_.position[row]] / kFractions); }
+  KD_HOST_DEVICE double last_level(uint32_t row) const {
+    return floor(scratch_.levels[scratch_.position[row]] / kFractions);
+  }
 
   KD_HOST_DEVICE void log_z() {
     for (uint32_t t = 0; t < layout_.temperatures; ++t) {

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builders import assert_rows, example, manifest, write
 
 import kd_kernels.cache
+from cache_builders import assert_rows, example, manifest, write
 from kd_kernels.cache import CacheReader, content_key
 from kd_kernels.cache.codec import RowModel
 from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index, encode_model
 from kd_kernels.cache.shard import Shard
-
 
 # The second reader. It shares no line with the library.
 
@@ -107,7 +106,8 @@ def plain_model(identity: dict, payload: bytes) -> tuple[list[list[int]], list[i
 
 
 def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_block: int) -> list[dict | None]:
-    contexts, id_of_rank, is_ranked = model
+    contexts, frozen, is_ranked = model
+    id_of_rank = list(frozen)
     code, step, k = PlainCode(payload), identity["step_nats"], identity["k"]
     exact = lambda: struct.unpack("<f", struct.pack("<I", code.bits(32)))[0]  # noqa: E731
     run = lambda numbers: code.run(contexts[number] for number in numbers)  # noqa: E731
@@ -166,9 +166,10 @@ def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_bl
         for row, value in zip(cached, values):
             row["log_z"].append(value)
     for row in cached:  # entries in their order, and the ranks of the next row
-        entries = zip(row["levels"] or range(row["n"]), [id_of_rank[r] for r in row["ranks"]], row["logprobs"], row["weights"])
-        first, *others = entries
-        _, row["ids"], row["logprobs"], row["weights"] = map(list, zip(first, *sorted(others, key=lambda entry: entry[:2])))
+        ids, order = [id_of_rank[rank] for rank in row["ranks"]], row["levels"] or range(row["n"])
+        first, *others = zip(order, ids, row["logprobs"], row["weights"])
+        entries = [first, *sorted(others, key=lambda entry: entry[:2])]
+        _, row["ids"], row["logprobs"], row["weights"] = map(list, zip(*entries))
         for rank in row["ranks"] if is_ranked else []:
             if rank >= 16:
                 other = rank // 2 if rank < 8192 else rank // 4
