@@ -210,7 +210,21 @@ __global__ void philox_kernel(const uint64_t* seeds, const uint64_t* keys, const
 """
 """The words of the draws on a device."""
 
-HEADER_KERNELS = {"formulas.cu": FORMULA_KERNELS, "philox.cu": PHILOX_KERNEL}
+ROW_DECODER_KERNEL = """
+#include "codec/row_decoder.h"
+// One block of the cache a thread. payloads, outs, scratches, wrong: [n]; a rank of ids each, [n, vocab].
+__global__ void row_decoder_kernel(kd::RowLayout layout, const kd::Distribution* contexts, uint32_t* id_of_rank,
+                                   const kd::Span* payloads, const kd::RowsOut* outs, kd::RowScratch* scratches,
+                                   kd::Complaint* wrong, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  uint32_t* ids = id_of_rank + static_cast<size_t>(i) * layout.vocab;
+  wrong[i] = kd::RowDecoder(layout, contexts, ids, outs[i], scratches[i]).decode(payloads[i]);
+}
+"""
+"""The decoder of the cache on a device."""
+
+HEADER_KERNELS = {"formulas.cu": FORMULA_KERNELS, "philox.cu": PHILOX_KERNEL, "row_decoder.cu": ROW_DECODER_KERNEL}
 
 
 def compile_cuda(architecture: str) -> list[Compiled]:
@@ -234,7 +248,7 @@ def _compile_source(nvcc: str, source: Path, architecture: str) -> list[Compiled
     target = f"sm_{architecture}"
     command = [
         nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code={target}", "-Xptxas", "-v", "-cubin",
-        f"-I{ROOT / 'csrc' / 'include'}", str(source), "-o", os.devnull,
+        f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}", str(source), "-o", os.devnull,
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

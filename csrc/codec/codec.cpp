@@ -2,216 +2,208 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
+
+#include "rans_writer.h"
 
 namespace kd {
 namespace {
 
-constexpr uint32_t kFractions = 256;  // of a step, for the first entry of a row
-constexpr double kTailFinesse = 4;    // the tail's log-odds are stored to step / 4
-constexpr double kLogZFinesse = 16;   // log Z to step / 16
-constexpr uint64_t kMaxLevel = 1u << 30;
-constexpr uint32_t kPlaces = 8, kTies = 14, kRankLevels = 64;
-constexpr uint32_t kTop = 16, kDeep = 8192;  // ranks below kTop are final; from kDeep on they rise faster
-
-// Contexts. Gaps and ranks depend on the place in the row; the rank of an entry as likely as the one before, on that one.
-enum Context : uint32_t { kCount, kTail, kCutTail, kNext, kNextLevel, kIdLevel, kWeight, kGap, kRank = kGap + kPlaces,
-                          kTie = kRank + kPlaces, kLogZ = kTie + kTies };
-
-// An id that came moves from its rank to this one.
-uint32_t promoted(uint32_t rank) { return rank < kTop ? rank : rank < kDeep ? rank / 2 : rank / 4; }
-
-uint32_t context_count(const RowLayout& layout) { return kLogZ + layout.temperatures; }
-
-uint32_t place_of(int64_t j) { return j == 0 ? 0 : std::min(1 + log2_floor(static_cast<uint32_t>(j)), kPlaces - 1); }
-
-// kTie + class_of(rank) / 4, without a branch.
-uint32_t tie_context(uint32_t rank) { return kTie + (rank < 16 ? rank / 4 : 2 + log2_floor(rank | 1) / 2); }
-
-enum Next : uint32_t { kNotKnown, kImpossible, kNotKept, kEntry };  // kEntry + j: the row's entry j
-
 uint32_t zigzag(int64_t v) { return static_cast<uint32_t>(v < 0 ? -2 * v - 1 : 2 * v); }
-int64_t unzigzag(uint32_t v) { return v & 1 ? -static_cast<int64_t>(v / 2) - 1 : v / 2; }
 
 // A tail of mass t as log(t / (1 - t)): as exact for the entries' mass as for the tail's own.
 double log_odds(double log_tail) { return std::min(log_tail - std::log(-std::expm1(std::min(log_tail, 0.0))), 89.0); }
-
-// What the rows before say of the next one's tail and log Z.
-struct Predictions {
-  int64_t cut_tail = 0;
-  std::vector<int64_t> log_z;
-
-  // Of k entries the tail goes with the last. A row that was cut short of k was cut at some mass, like others before it.
-  int64_t tail(bool is_cut, uint64_t last_level) const {
-    return is_cut ? cut_tail : -static_cast<int64_t>(kTailFinesse) * static_cast<int64_t>(std::min<uint64_t>(last_level, 1 << 20));
-  }
-};
 
 uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Entries of one level stand with the lower id first.
-class RunSorter {
- public:
-  void sort(const RowsOut& out, int64_t begin, int64_t end) {
-    if (!out.weights && !out.counts) {
-      if (end - begin > 16) return std::sort(out.ids + begin, out.ids + end);
-      for (int64_t i = begin + 1; i < end; ++i) {
-        const int64_t id = out.ids[i];
-        int64_t j = i;
-        for (; j > begin && out.ids[j - 1] > id; --j) out.ids[j] = out.ids[j - 1];
-        out.ids[j] = id;
-      }
-      return;
-    }
-    entries_.clear();
-    for (int64_t i = begin; i < end; ++i)
-      entries_.push_back({out.ids[i], out.weights ? out.weights[i] : 0, out.counts ? out.counts[i] : 0});
-    std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.id < b.id; });
-    for (int64_t i = begin; i < end; ++i) {
-      const Entry& entry = entries_[i - begin];
-      out.ids[i] = entry.id;
-      if (out.weights) out.weights[i] = entry.weight;
-      if (out.counts) out.counts[i] = entry.count;
-    }
-  }
-
- private:
-  struct Entry {
-    int64_t id;
-    float weight;
-    int32_t count;
-  };
-  std::vector<Entry> entries_;
-};
-
 // Puts the numbers of rows into a sink, in the order in which they are coded.
 template <class Sink> class RowWalk {
  public:
   RowWalk(const RowLayout& layout, const RowsIn& rows, Ranks* ranks, Sink& sink)
-      : layout_(layout), rows_(rows), ranks_(ranks), sink_(sink) {
-    before_.log_z.resize(layout.temperatures);
-  }
+      : layout_(layout), rows_(rows), ranks_(ranks), sink_(sink), entries_(rows.offsets[rows.rows] - rows.offsets[0]) {}
 
   void all() {
+    sink_.run();
     for (int64_t row = 0; row < rows_.rows; ++row) {
-      const int64_t begin = rows_.offsets[row], count = rows_.offsets[row + 1] - begin;
-      sink_.number(kCount, count == 0 ? 0 : 1 + static_cast<uint32_t>(layout_.k - count));
-      if (count == 0) continue;
-      const uint64_t last_level = layout_.step > 0 ? rounded(begin, count) : exact(begin, count);
-      if (layout_.tail) tail(rows_.tail[row], count < layout_.k, last_level);
-      for (uint32_t t = 0; t < layout_.temperatures; ++t) log_z(t, rows_.log_z[t * rows_.rows + row]);
-      next(rows_.next[row], begin, count);
-      if (!ranks_) continue;
-      coded_.clear();
-      for (const uint64_t each : order_) coded_.push_back(static_cast<uint32_t>(each >> 32));
-      ranks_->promote(coded_.data(), coded_.size());
+      sink_.number(kCount, count(row) == 0 ? 0 : 1 + layout_.k - count(row));
+      if (count(row) == 0) continue;
+      cached_.push_back(row);
+      if (layout_.step > 0) round(row);
+      else keep(row);
     }
     if (ranks_) ranks_->restore();
+    order_ = cached_;
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return count(a) > count(b); });
+    if (layout_.step > 0) gaps();
+    else for (const Entry& e : entries_) exact(kGap, rows_.logprobs[e.source]);
+    ranks();
+    weights();
+    if (layout_.tail) tails();
+    for (uint32_t t = 0; t < layout_.temperatures; ++t) log_z(t);
+    next();
   }
 
  private:
-  uint32_t rank(int64_t entry) const {
-    const uint32_t id = static_cast<uint32_t>(rows_.ids[entry]);
-    return ranks_ ? ranks_->rank_of_id[id] : id;
-  }
+  struct Entry {
+    uint32_t level, fraction, gap, rank;
+    uint8_t company;
+    int64_t source;  // where it is in the rows as they were given
+  };
 
-  void weight(int64_t entry) {
-    if (layout_.weights == Weights::fp32) sink_.bits(kWeight, bits_of(rows_.weights[entry]), 32);
-    if (layout_.weights == Weights::counts) sink_.number(kWeight, static_cast<uint32_t>(rows_.counts[entry]));
-  }
+  uint32_t count(int64_t row) const { return static_cast<uint32_t>(rows_.offsets[row + 1] - rows_.offsets[row]); }
+  Entry* entries(int64_t row) { return entries_.data() + (rows_.offsets[row] - rows_.offsets[0]); }
+  void exact(uint32_t context, float value) { sink_.bits(context, bits_of(value), 32); }
 
-  uint64_t exact(int64_t begin, int64_t count) {
-    order_.resize(count);
-    for (int64_t j = 0; j < count; ++j) {
-      order_[j] = static_cast<uint64_t>(rank(begin + j)) << 32 | static_cast<uint64_t>(j);
-      sink_.bits(kGap, bits_of(rows_.logprobs[begin + j]), 32);
-      sink_.number(kRank + place_of(j), rank(begin + j));
-      weight(begin + j);
+  // Entries of a row with their ranks, which then change for the next row.
+  void keep(int64_t row) {
+    Entry* e = entries(row);
+    for (uint32_t j = 0; j < count(row); ++j) {
+      const int64_t source = rows_.offsets[row] + j;
+      const uint32_t id = static_cast<uint32_t>(rows_.ids[source]);
+      e[j] = {0, 0, 0, ranks_ ? ranks_->rank_of_id[id] : id, 0, source};
     }
-    return 0;
+    for (uint32_t j = 0; ranks_ && j < count(row); ++j) ranks_->promote(e[j].rank);
   }
 
-  uint64_t rounded(int64_t begin, int64_t count) {
+  void round(int64_t row) {
+    Entry* e = entries(row);
+    const uint32_t n = count(row);
     const double scale = -1.0 / layout_.step;
-    const double first = std::max(0.0, std::nearbyint(rows_.logprobs[begin] * scale * kFractions));
+    const double first = std::max(0.0, std::nearbyint(rows_.logprobs[rows_.offsets[row]] * scale * kFractions));
     const uint32_t fraction = static_cast<uint32_t>(static_cast<uint64_t>(first) % kFractions);
     const double shift = fraction / static_cast<double>(kFractions);
-    levels_.resize(count);
-    order_.resize(count);
-    for (int64_t j = 0; j < count; ++j) {
-      levels_[j] = static_cast<uint64_t>(std::max(0.0, std::nearbyint(rows_.logprobs[begin + j] * scale - shift)));
-      order_[j] = static_cast<uint64_t>(rank(begin + j)) << 32 | static_cast<uint64_t>(j);
+    const auto level_of = [&](uint32_t j) {
+      const double level = std::nearbyint(rows_.logprobs[rows_.offsets[row] + j] * scale - shift);
+      return static_cast<uint32_t>(std::max(0.0, level));
+    };
+    for (uint32_t j = 0; j < n; ++j) {
+      const int64_t source = rows_.offsets[row] + j;
+      const uint32_t id = static_cast<uint32_t>(rows_.ids[source]);
+      e[j] = {level_of(j), fraction, 0, ranks_ ? ranks_->rank_of_id[id] : id, 0, source};
     }
-    for (int64_t j = 1, stop; j < count; j = stop) {
-      for (stop = j + 1; stop < count && levels_[stop] == levels_[j];) ++stop;
-      if (stop - j > 1) std::sort(order_.begin() + j, order_.begin() + stop);
+    for (uint32_t j = 1, stop; j < n; j = stop) {
+      for (stop = j + 1; stop < n && e[stop].level == e[j].level;) ++stop;
+      if (stop - j > 1) std::sort(e + j, e + stop, [](const Entry& a, const Entry& b) { return a.rank < b.rank; });
     }
-    uint64_t level = 0;
-    uint32_t before = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const uint32_t gap = static_cast<uint32_t>(levels_[j] - level), r = static_cast<uint32_t>(order_[j] >> 32);
-      const bool is_tie = gap == 0 && j > 1;
-      level = levels_[j];
-      sink_.number(kGap + place_of(j), gap);
-      if (j == 0) sink_.bits(kGap, fraction, 8);
-      if (is_tie) sink_.number(tie_context(before), r - before - 1);
-      else sink_.number(kRank + place_of(j), r);
-      weight(begin + static_cast<int64_t>(order_[j] & 0xffffffffu));
-      before = r;
+    for (uint32_t j = 0; j < n; ++j) {
+      e[j].gap = e[j].level - (j == 0 ? 0 : e[j - 1].level);
+      if (e[j].gap > 0 || j < 2) continue;
+      e[j].company |= kIsTie;
+      e[j - 1].company |= kIsFollowed;
     }
-    return level;
+    for (uint32_t j = 0; ranks_ && j < n; ++j) ranks_->promote(e[j].rank);
   }
 
-  void tail(float log_tail, bool is_cut, uint64_t last_level) {
-    if (layout_.step == 0) return sink_.bits(kTail, bits_of(log_tail), 32);
-    const double odds = log_odds(log_tail) * kTailFinesse / layout_.step;
-    const uint32_t context = is_cut ? kCutTail : kTail;
-    if (odds < -static_cast<double>(kMaxLevel / 2)) return sink_.number(context, 0);  // mass 0
-    const int64_t units = std::llround(odds);
-    sink_.number(context, 1 + zigzag(units - before_.tail(is_cut, last_level)));
-    if (is_cut) before_.cut_tail = units;
+  // Calls with the entries of one column after the other.
+  template <class Call> void by_columns(const Call& call) {
+    size_t active = order_.size();
+    for (uint32_t j = 0; active > 0; ++j) {
+      sink_.run();
+      for (size_t i = 0; i < active; ++i) call(j, entries(order_[i]) + j);
+      while (active > 0 && count(order_[active - 1]) == j + 1) --active;
+    }
   }
 
-  void log_z(uint32_t t, float value) {
-    if (layout_.step == 0) return sink_.bits(kLogZ + t, bits_of(value), 32);
-    const int64_t units = std::llround(value * kLogZFinesse / layout_.step);
-    sink_.number(kLogZ + t, zigzag(units - before_.log_z[t]));
-    before_.log_z[t] = units;
+  void gaps() {
+    for (const int64_t row : order_) sink_.bits(kGap, entries(row)->fraction, 8);
+    by_columns([&](uint32_t j, const Entry* e) { sink_.number(kGap + place_of(j), e->gap); });
   }
 
-  void next(float value, int64_t begin, int64_t count) {
-    if (std::isnan(value)) return sink_.number(kNext, kNotKnown);
-    if (std::isinf(value)) return sink_.number(kNext, kImpossible);
-    for (int64_t j = 0; j < count; ++j)
-      if (rows_.logprobs[begin + static_cast<int64_t>(order_[j] & 0xffffffffu)] == value)
-        return sink_.number(kNext, kEntry + static_cast<uint32_t>(j));
-    sink_.number(kNext, kNotKept);
-    if (layout_.step == 0) sink_.bits(kNextLevel, bits_of(value), 32);
-    else sink_.number(kNextLevel, static_cast<uint32_t>(std::max(0.0, std::nearbyint(-value / layout_.step))));
+  void ranks() {
+    by_columns([&](uint32_t j, const Entry* e) {
+      const uint32_t before = j == 0 ? 0 : e[-1].rank;
+      sink_.number(rank_context(place_of(j), e->company, before), e->company & kIsTie ? e->rank - before - 1 : e->rank);
+    });
+  }
+
+  void weights() {
+    if (layout_.weights == Weights::fp32)
+      for (const Entry& e : entries_) exact(kWeight, rows_.weights[e.source]);
+    if (layout_.weights == Weights::counts)
+      for (const int64_t row : cached_) {
+        sink_.run();
+        for (uint32_t j = 0; j < count(row); ++j)
+          sink_.number(kWeight, static_cast<uint32_t>(rows_.counts[entries(row)[j].source]));
+      }
+  }
+
+  void tails() {
+    int64_t cut_tail = 0;
+    sink_.run();
+    for (const int64_t row : cached_) {
+      if (layout_.step == 0) {
+        exact(kTail, rows_.tail[row]);
+        continue;
+      }
+      const double odds = log_odds(rows_.tail[row]) * kTailFinesse / layout_.step;
+      const bool is_cut = count(row) < layout_.k;
+      const uint32_t context = is_cut ? kCutTail : kTail;
+      if (odds < -kMaxLevel / 2) {
+        sink_.number(context, 0);  // mass 0
+        continue;
+      }
+      const int64_t units = std::llround(odds);
+      const int64_t expected = is_cut ? cut_tail : tail_of_level(entries(row)[count(row) - 1].level);
+      sink_.number(context, 1 + zigzag(units - expected));
+      if (is_cut) cut_tail = units;
+    }
+  }
+
+  void log_z(uint32_t t) {
+    int64_t before = 0;
+    sink_.run();
+    for (const int64_t row : cached_) {
+      const float value = rows_.log_z[t * rows_.rows + row];
+      if (layout_.step == 0) {
+        exact(kLogZ + t, value);
+        continue;
+      }
+      const int64_t units = std::llround(value * kLogZFinesse / layout_.step);
+      sink_.number(kLogZ + t, zigzag(units - before));
+      before = units;
+    }
+  }
+
+  void next() {
+    std::vector<float> not_kept;
+    sink_.run();
+    for (const int64_t row : cached_) {
+      const uint32_t code = next_code(row);
+      sink_.number(kNext, code);
+      if (code == kNotKept) not_kept.push_back(rows_.next[row]);
+    }
+    sink_.run();
+    for (const float value : not_kept) {
+      if (layout_.step == 0) exact(kNextLevel, value);
+      else sink_.number(kNextLevel, static_cast<uint32_t>(std::max(0.0, std::nearbyint(-value / layout_.step))));
+    }
+  }
+
+  uint32_t next_code(int64_t row) {
+    const float value = rows_.next[row];
+    if (std::isnan(value)) return kNotKnown;
+    if (std::isinf(value)) return kImpossible;
+    const Entry* e = entries(row);
+    for (uint32_t j = 0; j < count(row); ++j)
+      if (rows_.logprobs[e[j].source] == value) return kEntry + j;
+    return kNotKept;
   }
 
   const RowLayout& layout_;
   const RowsIn& rows_;
   Ranks* ranks_;  // null: every id is its own rank
   Sink& sink_;
-  Predictions before_;
-  std::vector<uint32_t> coded_;  // ranks of a row, in the order in which they are coded
-  std::vector<uint64_t> levels_, order_;  // order: rank, and place in the row as it was given
+  std::vector<Entry> entries_;
+  std::vector<int64_t> cached_, order_;  // rows; by falling count
 };
 
 struct CodeSink {
   const std::vector<Distribution>& contexts;
   CodeWriter writer;
+  void run() { writer.run(); }
   void number(uint32_t context, uint32_t value) { writer.number(contexts[context], value); }
   void bits(uint32_t, uint32_t value, uint32_t count) { writer.bits(value, count); }
 };
@@ -219,6 +211,7 @@ struct CodeSink {
 struct CountSink {
   std::vector<std::vector<double>> counts;
   explicit CountSink(uint32_t contexts) : counts(contexts, std::vector<double>(kClasses)) {}
+  void run() {}
   void number(uint32_t context, uint32_t value) { ++counts[context][class_of(value)]; }
   void bits(uint32_t, uint32_t, uint32_t) {}
 };
@@ -240,6 +233,7 @@ void lean_on_each_other(std::vector<std::vector<double>>& counts, uint32_t begin
 struct CostSink {
   const std::vector<Distribution>& contexts;
   std::vector<double> cost;
+  void run() {}
   void number(uint32_t context, uint32_t value) {
     const Distribution::Symbol& s = contexts[context].of(value);
     cost[context] += kTotalBits - std::log2(s.frequency) + s.bits;
@@ -268,8 +262,8 @@ std::vector<uint16_t> normalised(const std::vector<double>& counts) {
   return frequencies;
 }
 
-// Ranks to learn from. An id that was seen once would not have been seen without the entry that is looked at: in rows to
-// come such ids stand among those not seen yet. So they change places with some of these, evenly spread.
+// Ranks to learn from. An id that was seen once would not have been seen without the entry that is looked at: in rows
+// to come such ids stand among those not seen yet. So they change places with some of these, evenly spread.
 Ranks ranks_to_learn_from(const std::vector<uint8_t>& levels, const int32_t* id_counts) {
   Ranks ranks(levels);
   const size_t total = levels.size();
@@ -305,9 +299,9 @@ inline void Ranks::swap(uint32_t a, uint32_t b) {
   rank_of_id[id_of_rank[b]] = b;
 }
 
-void Ranks::promote(const uint32_t* ranks, size_t count) {
-  promoted_.insert(promoted_.end(), ranks, ranks + count);
-  for (size_t i = 0; i < count; ++i) swap(ranks[i], promoted(ranks[i]));
+void Ranks::promote(uint32_t rank) {
+  promoted_.push_back(rank);
+  swap(rank, promoted(rank));
 }
 
 void Ranks::restore() {
@@ -321,7 +315,7 @@ std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<Rows
   if (id_counts) {
     levels.resize(layout.vocab);
     for (uint32_t id = 0; id < layout.vocab; ++id) {
-      levels[id] = static_cast<uint8_t>(2.0 * std::log2(1.0 + id_counts[id]));
+      levels[id] = static_cast<uint8_t>(std::log2(1.0 + id_counts[id]));
       sink.number(kIdLevel, levels[id]);
     }
     ranks = std::make_unique<Ranks>(ranks_to_learn_from(levels, id_counts));
@@ -334,11 +328,12 @@ std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<Rows
   std::vector<Distribution> contexts(context_count(layout));
   for (size_t c = 0; c < contexts.size(); ++c) {
     const std::vector<uint16_t> frequencies = normalised(sink.counts[c]);
-    contexts[c].assign(frequencies);
+    contexts[c].assign(frequencies.data(), static_cast<uint32_t>(frequencies.size()));
     writer.gamma(static_cast<uint32_t>(frequencies.size()));
     for (size_t s = 0; s + 1 < frequencies.size(); ++s) writer.gamma(frequencies[s]);
   }
   writer.bits(id_counts != nullptr, 1);
+  writer.run();
   for (const uint8_t level : levels) writer.number(contexts[kIdLevel], level);
   return writer.finish();
 }
@@ -360,44 +355,62 @@ Complaint RowModel::read(const RowLayout& layout, Span payload) {
       left -= frequency;
     }
     frequencies.back() = static_cast<uint16_t>(left);
-    context.assign(frequencies);
+    context.assign(frequencies.data(), alphabet);
   }
   levels_.assign(reader.bits(1) ? layout.vocab : 0, 0);
-  for (uint8_t& level : levels_) {
-    const uint32_t value = reader.number(contexts_[kIdLevel]);
-    if (value >= kRankLevels) return {"level of an id, below", kRankLevels, value};
-    level = static_cast<uint8_t>(value);
-  }
+  uint32_t most = 0;
+  reader.run(
+      static_cast<uint32_t>(levels_.size()), [&](uint32_t) -> const Distribution& { return contexts_[kIdLevel]; },
+      [&](uint32_t id, uint32_t level) {
+        levels_[id] = static_cast<uint8_t>(level);
+        most = std::max(most, level);
+      });
+  if (most >= kRankLevels) return {"level of an id, below", kRankLevels, most};
   idle_.clear();
   if (!reader.is_at_end()) return {"end of a model", 1, 0};
   return {};
 }
 
-std::unique_ptr<Ranks> RowModel::take_ranks() const {
-  if (levels_.empty()) return nullptr;
+// What one thread decodes or encodes with.
+struct RowModel::Workspace {
+  std::unique_ptr<Ranks> ranks;  // null: every id is its own rank
+  std::vector<uint32_t> columns, ties, coded;
+  std::vector<uint8_t> company;
+  RowScratch scratch;
+};
+
+RowModel::RowModel() = default;
+RowModel::~RowModel() = default;
+
+std::unique_ptr<RowModel::Workspace> RowModel::take_workspace() const {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!idle_.empty()) {
-      std::unique_ptr<Ranks> ranks = std::move(idle_.back());
+      std::unique_ptr<Workspace> workspace = std::move(idle_.back());
       idle_.pop_back();
-      return ranks;
+      return workspace;
     }
   }
-  return std::make_unique<Ranks>(levels_);
+  auto workspace = std::make_unique<Workspace>();
+  if (!levels_.empty()) workspace->ranks = std::make_unique<Ranks>(levels_);
+  workspace->columns.resize(layout_.k + 1);
+  workspace->ties.resize(layout_.k + 1);
+  workspace->scratch.columns = workspace->columns.data();
+  workspace->scratch.ties = workspace->ties.data();
+  return workspace;
 }
 
-void RowModel::give_back(std::unique_ptr<Ranks> ranks) const {
-  if (!ranks) return;
-  ranks->restore();
+void RowModel::give_back(std::unique_ptr<Workspace> workspace) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  idle_.push_back(std::move(ranks));
+  idle_.push_back(std::move(workspace));
 }
 
 template <class Sink> void RowModel::walk(const RowsIn& rows, Sink& sink) const {
-  std::unique_ptr<Ranks> ranks = take_ranks();
+  std::unique_ptr<Workspace> workspace = take_workspace();
+  Ranks* ranks = workspace->ranks.get();
   if (ranks && ranks->rank_of_id.empty()) ranks->find_ranks();
-  RowWalk<Sink>(layout_, rows, ranks.get(), sink).all();
-  give_back(std::move(ranks));
+  RowWalk<Sink>(layout_, rows, ranks, sink).all();
+  give_back(std::move(workspace));
 }
 
 std::vector<uint8_t> RowModel::encode(const RowsIn& rows) const {
@@ -413,102 +426,20 @@ std::vector<double> RowModel::bits_by_context(const RowsIn& rows) const {
 }
 
 Complaint RowModel::decode(Span payload, const RowsOut& out) const {
-  std::unique_ptr<Ranks> ranks = take_ranks();
-  const Complaint wrong = decode(payload, out, ranks.get());
-  give_back(std::move(ranks));
-  return wrong;
-}
-
-Complaint RowModel::decode(Span payload, const RowsOut& out, Ranks* ranks) const {
-  CodeReader reader;
-  if (!reader.open(payload)) return {"bytes of a payload", kCodeHeadBytes, static_cast<int64_t>(payload.size)};
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const auto number = [&](uint32_t context) { return reader.number(contexts_[context]); };
-  const bool is_exact = layout_.step == 0;
-  const double unit = layout_.step / kFractions;
-  Predictions before_row;
-  before_row.log_z.resize(layout_.temperatures);
-  std::vector<uint32_t> coded;        // ranks of a row, as they come
-  std::vector<int64_t> run_begins;    // where entries begin that have one level
-  RunSorter sorter;
-  out.offsets[0] = 0;
-  for (int64_t row = 0; row < out.rows; ++row) {
-    const int64_t begin = out.offsets[row], missing = number(kCount), count = missing == 0 ? 0 : 1 + int64_t{layout_.k} - missing;
-    if (missing > layout_.k) return {"entries that a row lacks, below k", layout_.k, missing - 1};
-    if (count > out.entries - begin) return {"entries of a block", out.entries, begin + count};
-    out.offsets[row + 1] = begin + count;
-    if (count == 0) {
-      if (out.tail) out.tail[row] = 0;
-      for (uint32_t t = 0; t < layout_.temperatures; ++t) out.log_z[t * out.rows + row] = nan;
-      out.next[row] = nan;
-      continue;
-    }
-    int64_t* ids = out.ids + begin;
-    float* logprobs = out.logprobs + begin;
-    uint64_t level = 0;
-    uint32_t fraction = 0, before = 0;
-    coded.resize(count);
-    run_begins.resize(count + 1);
-    size_t runs = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      uint64_t rank;
-      if (is_exact) {
-        logprobs[j] = float_of(reader.bits(32));
-        rank = number(kRank + place_of(j));
-      } else {
-        const uint32_t gap = number(kGap + place_of(j));
-        if (j == 0) fraction = reader.bits(8);
-        level += gap;
-        const bool is_tie = (gap == 0) & (j > 1);
-        rank = (is_tie ? uint64_t{before} + 1 : 0) + number(is_tie ? tie_context(before) : kRank + place_of(j));
-        run_begins[runs] = j;
-        runs += !is_tie;
-        logprobs[j] = static_cast<float>(0.0 - static_cast<double>(level * kFractions + fraction) * unit);
-      }
-      if (rank >= layout_.vocab) return {"ids, below", layout_.vocab, static_cast<int64_t>(rank)};
-      before = coded[j] = static_cast<uint32_t>(rank);
-      ids[j] = ranks ? ranks->id_of_rank[before] : before;
-      if (out.weights) out.weights[begin + j] = float_of(reader.bits(32));
-      if (out.counts) out.counts[begin + j] = static_cast<int32_t>(number(kWeight));
-    }
-    run_begins[runs] = count;
-    for (size_t i = 0; i < runs; ++i)
-      if (run_begins[i + 1] - run_begins[i] > 1) sorter.sort(out, begin + run_begins[i], begin + run_begins[i + 1]);
-    if (ranks) ranks->promote(coded.data(), coded.size());
-    if (level > kMaxLevel) return {"levels, at most", kMaxLevel, static_cast<int64_t>(level)};
-
-    if (out.tail) {
-      if (is_exact) {
-        out.tail[row] = float_of(reader.bits(32));
-      } else {
-        const bool is_cut = count < layout_.k;
-        const uint32_t code = number(is_cut ? kCutTail : kTail);
-        out.tail[row] = -std::numeric_limits<float>::infinity();
-        if (code > 0) {
-          const int64_t units = unzigzag(code - 1) + before_row.tail(is_cut, level);
-          const double odds = static_cast<double>(units) * layout_.step / kTailFinesse;
-          out.tail[row] = static_cast<float>(odds < -40 ? odds : -std::log1p(std::exp(-odds)));
-          if (is_cut) before_row.cut_tail = units;
-        }
-      }
-    }
-    for (uint32_t t = 0; t < layout_.temperatures; ++t) {
-      float& log_z = out.log_z[t * out.rows + row];
-      if (is_exact) log_z = float_of(reader.bits(32));
-      else log_z = static_cast<float>(static_cast<double>(before_row.log_z[t] += unzigzag(number(kLogZ + t))) * layout_.step / kLogZFinesse);
-    }
-    const uint32_t next = number(kNext);
-    if (next == kNotKnown) out.next[row] = nan;
-    else if (next == kImpossible) out.next[row] = -std::numeric_limits<float>::infinity();
-    else if (next == kNotKept && is_exact) out.next[row] = float_of(reader.bits(32));
-    else if (next == kNotKept) out.next[row] = static_cast<float>(0.0 - static_cast<double>(number(kNextLevel)) * layout_.step);
-    else if (next - kEntry < static_cast<uint64_t>(count)) out.next[row] = logprobs[next - kEntry];
-    else return {"entry of the next token, below", count, int64_t{next} - kEntry};
-    if (reader.is_short()) return {"rows in a payload", out.rows, row};
+  std::unique_ptr<Workspace> workspace = take_workspace();
+  const size_t entries = static_cast<size_t>(out.entries);
+  if (workspace->coded.size() < entries) {
+    workspace->coded.resize(entries);
+    workspace->company.resize(entries);
   }
-  if (out.offsets[out.rows] != out.entries) return {"entries of a block", out.entries, out.offsets[out.rows]};
-  if (!reader.is_at_end()) return {"end of a payload", 1, 0};
-  return {};
+  workspace->scratch.ranks = workspace->coded.data();
+  workspace->scratch.company = workspace->company.data();
+  Ranks* ranks = workspace->ranks.get();
+  uint32_t* id_of_rank = ranks ? ranks->id_of_rank.data() : nullptr;
+  const Complaint wrong = RowDecoder(layout_, contexts_.data(), id_of_rank, out, workspace->scratch).decode(payload);
+  // An encoder's ranks of ids stay as they are: the decoder takes back what it changes.
+  give_back(std::move(workspace));
+  return wrong;
 }
 
 }  // namespace kd

@@ -7,27 +7,9 @@
 #include <mutex>
 #include <vector>
 
-#include "rans.h"
+#include "row_decoder.h"
 
 namespace kd {
-
-enum class Weights : int { none, fp32, counts };
-
-// What the rows of a cache have in common: of the manifest.
-struct RowLayout {
-  uint32_t vocab, k;
-  double step;            // nats; 0: log-probabilities are stored as they are
-  uint32_t temperatures;  // whose log Z is stored
-  bool tail;
-  Weights weights;
-};
-
-// What is wrong with bytes. `what` is null where nothing is.
-struct Complaint {
-  const char* what = nullptr;
-  int64_t expected = 0, found = 0;
-  explicit operator bool() const { return what != nullptr; }
-};
 
 // Rows before they are coded: CSR, entries in falling order; a row without entries is not cached.
 struct RowsIn {
@@ -42,29 +24,16 @@ struct RowsIn {
   const int32_t* counts;   // [nnz], or null
 };
 
-// Room for decoded rows. Rows that are not cached get a tail of 0, and NaN for the rest.
-struct RowsOut {
-  int64_t rows, entries;
-  int64_t* offsets;  // [rows + 1]
-  int64_t* ids;      // [entries]
-  float* logprobs;   // [entries]
-  float* tail;       // [rows], or null
-  float* log_z;      // [temperatures, rows]
-  float* next;       // [rows]
-  float* weights;    // [entries], or null
-  int32_t* counts;   // [entries], or null
-};
-
-// Ids by frequency, and ranks by id. Within a block an id that comes moves up: it is likely to come again. Who is done with
-// the block takes that back.
+// Ids by frequency, and ranks by id. Within a block an id that comes moves up: it is likely to come again. Who is
+// done with the block takes that back.
 class Ranks {
  public:
-  explicit Ranks(const std::vector<uint8_t>& levels);                                           // by falling level, then rising id
+  explicit Ranks(const std::vector<uint8_t>& levels);  // by falling level, then rising id
   explicit Ranks(std::vector<uint32_t> ids) : id_of_rank(std::move(ids)) { find_ranks(); }  // [vocab], each id once
 
   void find_ranks();
   void swap(uint32_t a, uint32_t b);
-  void promote(const uint32_t* ranks, size_t count);
+  void promote(uint32_t rank);
   void restore();
 
   std::vector<uint32_t> id_of_rank;
@@ -74,14 +43,18 @@ class Ranks {
   std::vector<uint32_t> promoted_;
 };
 
-// The distributions of all contexts, and how frequent ids are. Memory: 5 KiB a context; where the model ranks ids, 1 byte an id
-// and 4 more for every thread that decodes at a time (8 where it encodes).
+// The distributions of all contexts, and how frequent ids are. Memory: 0.9 KiB a context; where the model ranks ids,
+// 1 byte an id and 4 more for every thread that decodes at a time (8 where it encodes).
 class RowModel {
  public:
+  RowModel();
+  ~RowModel();
+
   // Reads the payload of a model block.
   Complaint read(const RowLayout& layout, Span payload);
 
-  // Room for rows must be as RowsOut says. What was written into it counts only if there is no complaint.
+  // Room for rows must be as RowsOut says. At most kBlockRows. What was written into it counts only if there is no
+  // complaint.
   Complaint decode(Span payload, const RowsOut& out) const;
 
   std::vector<uint8_t> encode(const RowsIn& rows) const;
@@ -90,16 +63,17 @@ class RowModel {
   std::vector<double> bits_by_context(const RowsIn& rows) const;
 
  private:
+  struct Workspace;
+
   template <class Sink> void walk(const RowsIn& rows, Sink& sink) const;
-  Complaint decode(Span payload, const RowsOut& out, Ranks* ranks) const;
-  std::unique_ptr<Ranks> take_ranks() const;
-  void give_back(std::unique_ptr<Ranks> ranks) const;
+  std::unique_ptr<Workspace> take_workspace() const;
+  void give_back(std::unique_ptr<Workspace> workspace) const;
 
   RowLayout layout_{};
   std::vector<Distribution> contexts_;
   std::vector<uint8_t> levels_;  // [vocab]: logarithms of frequencies; empty: every id is its own rank, always
   mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Ranks>> idle_;
+  mutable std::vector<std::unique_ptr<Workspace>> idle_;
 };
 
 // The payload of a model block for rows like these. id_counts [vocab]: how often each id was seen so far; null: do not

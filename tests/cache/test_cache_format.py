@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import struct
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,15 +60,17 @@ class PlainCode:
             zeros += 1
         return (1 << zeros) + self.bits(zeros)
 
-    def number(self, frequencies: list[int]) -> int:
-        state = self.lanes.pop(0)
-        slot, start, symbol = state % 4096, 0, 0
+    def run(self, contexts: Iterable[list[int]]) -> Iterator[int]:
+        """Numbers of which the i-th has the i-th context, which may depend on the rows of the numbers before."""
+        for i, frequencies in enumerate(contexts):
+            yield self._number(i % 4, frequencies)
+
+    def _number(self, lane: int, frequencies: list[int]) -> int:
+        slot, start, symbol = self.lanes[lane] % 4096, 0, 0
         while start + frequencies[symbol] <= slot:
             start, symbol = start + frequencies[symbol], symbol + 1
-        state = frequencies[symbol] * (state // 4096) + slot - start
-        if state < 1 << 16:
-            state = state << 16 | self.words.pop()
-        self.lanes.append(state)
+        state = frequencies[symbol] * (self.lanes[lane] // 4096) + slot - start
+        self.lanes[lane] = state << 16 | self.words.pop() if state < 1 << 16 else state
         if symbol == len(frequencies) - 1:
             return self.bits(32)
         if symbol < 16:
@@ -85,7 +89,7 @@ def signed(value: int) -> int:
 def plain_model(identity: dict, payload: bytes) -> tuple[list[list[int]], list[int], int]:
     """The frequencies of all contexts, the ids by rank, and whether the model ranks them."""
     code, contexts = PlainCode(payload), []
-    for _ in range(37 + sum(t != 1 for t in identity["temperatures"])):
+    for _ in range(59 + sum(t != 1 for t in identity["temperatures"])):
         alphabet = code.gamma()
         assert alphabet <= 73
         frequencies = [code.gamma() for _ in range(alphabet - 1)]
@@ -94,86 +98,92 @@ def plain_model(identity: dict, payload: bytes) -> tuple[list[list[int]], list[i
     ids = list(range(identity["vocab"]))
     is_ranked = code.bits(1)
     if is_ranked:
-        levels = [code.number(contexts[5]) for _ in ids]
-        assert max(levels) < 64
+        levels = list(code.run(contexts[5] for _ in ids))
+        assert max(levels) < 32
         ids.sort(key=lambda id: -levels[id])
     code.end()
     return contexts, ids, is_ranked
 
 
 def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_block: int) -> list[dict | None]:
-    contexts, id_of_rank, is_ranked = model
-    code, decoded, step = PlainCode(payload), [], identity["step_nats"]
-    number = lambda context: code.number(contexts[context])  # noqa: E731
+    contexts, frozen, is_ranked = model
+    id_of_rank = list(frozen)
+    code, step, k = PlainCode(payload), identity["step_nats"], identity["k"]
     exact = lambda: struct.unpack("<f", struct.pack("<I", code.bits(32)))[0]  # noqa: E731
-    id_of_rank, cut_tail, last_z = list(id_of_rank), 0, {}
-    for _ in range(rows):
-        missing, level, fraction, rank, entries, ranks = number(0), 0, 0, 0, [], []
-        if missing == 0:
-            decoded.append(None)
-            continue
-        count = identity["k"] + 1 - missing
-        assert count > 0
-        for j in range(count):
-            place = 0 if j == 0 else min(j.bit_length(), 7)
-            if step:
-                gap = number(7 + place)
-                level += gap
-                if j == 0:
-                    fraction = code.bits(8)
-                logprob = -step * (level + fraction / 256)
-            else:
-                logprob = exact()
-            if step and j > 1 and gap == 0:
-                classes = rank if rank < 16 else 2 * rank.bit_length() + 6 + (rank >> rank.bit_length() - 2) % 2
-                rank += 1 + number(23 + min(classes // 4, 13))
-            else:
-                rank = number(15 + place)
-            weight = exact() if identity["importance"] else None
-            ranks.append(rank)
-            entries.append((j > 0, level, id_of_rank[rank], logprob, weight))
+    run = lambda numbers: code.run(contexts[number] for number in numbers)  # noqa: E731
+    missing = list(run(0 for _ in range(rows)))
+    block = [{"n": k + 1 - m, "ranks": [], "gaps": []} if m else None for m in missing]
+    cached = [row for row in block if row]
+    assert all(row["n"] > 0 for row in cached) and sum(row["n"] for row in cached) == in_block
+    longest = max((row["n"] for row in cached), default=0)
+    column = lambda j: sorted((row for row in cached if row["n"] > j), key=lambda row: -row["n"])  # noqa: E731
+    places = [0 if j == 0 else min(j.bit_length(), 7) for j in range(longest)]
+    if step:
+        for row in column(0):
+            row["fraction"] = code.bits(8)
+        for j in range(longest):
+            for row, gap in zip(column(j), run(7 + places[j] for _ in column(j))):
+                row["gaps"].append(gap)
+    for row in cached:
+        row["levels"] = list(itertools.accumulate(row["gaps"]))
+        row["ties"] = [bool(step) and j > 1 and row["gaps"][j] == 0 for j in range(row["n"])] + [False]
         if step:
-            entries.sort(key=lambda entry: entry[:3])
-        tail = None
-        if identity["tail"] and not step:
-            tail = exact()
-        elif identity["tail"]:
-            value = number(1 if count == identity["k"] else 2)
-            if value == 0:
-                tail = -math.inf
-            else:
-                units = signed(value - 1) + (cut_tail if count < identity["k"] else -4 * min(level, 1 << 20))
-                cut_tail = units if count < identity["k"] else cut_tail
-                odds = units * step / 4
-                tail = odds if odds < -40 else -math.log1p(math.exp(-odds))
-        log_z, context = [], 37
-        for t in identity["temperatures"]:
-            if t == 1:
-                log_z.append(0.0)
-                continue
-            if step:
-                last_z[t] = last_z.get(t, 0) + signed(number(context))
-            log_z.append(last_z[t] * step / 16 if step else exact())
-            context += 1
-        following = number(3)
-        if following > 2:
-            following = entries[following - 3][3]
-        elif following == 2:
-            following = -step * number(4) if step else exact()
+            row["logprobs"] = [-step * (level + row["fraction"] / 256) for level in row["levels"]]
         else:
-            following = [math.nan, -math.inf][following]
-        for rank in ranks if is_ranked else []:
+            row["logprobs"] = [exact() for _ in range(row["n"])]
+    for j in range(longest):
+        numbers = [
+            (31 + 2 * min(max(row["ranks"][-1], 1).bit_length() - 1, 13) if row["ties"][j] else 15 + 2 * places[j])
+            + row["ties"][j + 1] for row in column(j)
+        ]
+        for row, number in zip(column(j), run(numbers)):
+            row["ranks"].append(row["ranks"][-1] + 1 + number if row["ties"][j] else number)
+    for row in cached:
+        row["weights"] = [exact() if identity["importance"] else None for _ in range(row["n"])]
+        row["tail"], row["log_z"] = None, []
+    if identity["tail"]:
+        numbers = [1 if row["n"] == k else 2 for row in cached]
+        cut_tail = 0
+        for row, value in zip(cached, run(numbers) if step else (exact() for _ in cached)):
+            if not step:
+                row["tail"] = value
+            elif value == 0:
+                row["tail"] = -math.inf
+            else:
+                units = signed(value - 1) + (cut_tail if row["n"] < k else -4 * min(row["levels"][-1], 1 << 20))
+                cut_tail = units if row["n"] < k else cut_tail
+                odds = units * step / 4
+                row["tail"] = odds if odds < -40 else -math.log1p(math.exp(-odds))
+    context = 59
+    for t in identity["temperatures"]:
+        if t == 1:
+            values = [0.0 for _ in cached]
+        elif step:
+            values = [z * step / 16 for z in itertools.accumulate(map(signed, run(context for _ in cached)))]
+        else:
+            values = [exact() for _ in cached]
+        context += t != 1
+        for row, value in zip(cached, values):
+            row["log_z"].append(value)
+    for row in cached:  # entries in their order, and the ranks of the next row
+        ids, order = [id_of_rank[rank] for rank in row["ranks"]], row["levels"] or range(row["n"])
+        first, *others = zip(order, ids, row["logprobs"], row["weights"])
+        entries = [first, *sorted(others, key=lambda entry: entry[:2])]
+        _, row["ids"], row["logprobs"], row["weights"] = map(list, zip(*entries))
+        for rank in row["ranks"] if is_ranked else []:
             if rank >= 16:
                 other = rank // 2 if rank < 8192 else rank // 4
                 id_of_rank[rank], id_of_rank[other] = id_of_rank[other], id_of_rank[rank]
-        _, _, ids, logprobs, weights = zip(*entries)
-        decoded.append({
-            "ids": list(ids), "logprobs": list(logprobs), "weights": list(weights), "tail": tail, "next": following,
-            "log_z": log_z,
-        })
+    not_kept = []
+    for row, value in zip(cached, run(3 for _ in cached)):
+        if value == 2:
+            not_kept.append(row)
+        else:
+            row["next"] = row["logprobs"][value - 3] if value > 2 else [math.nan, -math.inf][value]
+    for row, value in zip(not_kept, run(4 for _ in not_kept) if step else (exact() for _ in not_kept)):
+        row["next"] = -step * value if step else value
     code.end()
-    assert sum(len(row["ids"]) for row in decoded if row) == in_block
-    return decoded
+    return block
 
 
 def plain_read(folder: Path) -> tuple[dict, dict[bytes, list[dict]]]:

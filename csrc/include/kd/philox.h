@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define KD_HOST_DEVICE __host__ __device__
-#else
-#define KD_HOST_DEVICE
-#endif
+#include "kd/host_device.h"
 
 namespace kd {
 

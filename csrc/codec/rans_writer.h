@@ -1,0 +1,77 @@
+// The other half of rans.h: numbers to bytes, on the host.
+#pragma once
+
+#include <vector>
+
+#include "rans.h"
+
+namespace kd {
+
+// Writes a code. Symbols are kept and coded last to first when all are known, as a stack is filled.
+class CodeWriter {
+ public:
+  void bits(uint32_t value, uint32_t count) {
+    window_ |= static_cast<uint64_t>(value) << filled_;
+    filled_ += count;
+    while (filled_ >= 8) {
+      bits_.push_back(static_cast<uint8_t>(window_));
+      window_ >>= 8;
+      filled_ -= 8;
+    }
+  }
+
+  void gamma(uint32_t value) {
+    const uint32_t zeros = log2_floor(value);
+    for (uint32_t i = 0; i < zeros; ++i) bits(0, 1);
+    if (zeros < 31) bits(1, 1);
+    bits(value & ((1u << zeros) - 1), zeros);
+  }
+
+  // The numbers up to the next call are one run.
+  void run() { lane_ = 0; }
+
+  void number(const Distribution& d, uint32_t value) {
+    const Distribution::Symbol& s = d.of(value);
+    symbols_.push_back({s.start, s.frequency, lane_});
+    lane_ = (lane_ + 1) % kLanes;
+    bits(static_cast<uint32_t>(value - (uint64_t{s.high} << s.bits)), s.bits);
+  }
+
+  std::vector<uint8_t> finish() {
+    uint32_t states[kLanes] = {kLow, kLow, kLow, kLow};
+    std::vector<uint16_t> words;
+    words.reserve(symbols_.size());
+    for (size_t i = symbols_.size(); i-- > 0;) {
+      const auto [start, frequency, lane] = symbols_[i];
+      uint32_t& x = states[lane];
+      if (x >= static_cast<uint64_t>(frequency) << (32 - kTotalBits)) {
+        words.push_back(static_cast<uint16_t>(x));
+        x >>= 16;
+      }
+      x = ((x / frequency) << kTotalBits) + x % frequency + start;
+    }
+    if (filled_ > 0) bits(0, 8 - filled_);
+    const uint32_t count = static_cast<uint32_t>(words.size());
+    std::vector<uint8_t> code(kCodeHeadBytes + 2 * words.size() + bits_.size());
+    std::memcpy(code.data(), states, sizeof states);
+    std::memcpy(code.data() + sizeof states, &count, sizeof count);
+    uint8_t* out = code.data() + kCodeHeadBytes;
+    for (size_t i = words.size(); i-- > 0; out += 2) std::memcpy(out, &words[i], 2);
+    if (!bits_.empty()) std::memcpy(out, bits_.data(), bits_.size());
+    return code;
+  }
+
+ private:
+  struct Symbol {
+    uint16_t start, frequency;
+    uint32_t lane;
+  };
+
+  std::vector<Symbol> symbols_;
+  uint32_t lane_ = 0;
+  std::vector<uint8_t> bits_;
+  uint64_t window_ = 0;
+  uint32_t filled_ = 0;
+};
+
+}  // namespace kd
