@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INTEGRATIONS := .venv-integrations
 DEVICE ?= cpu
+WORKERS ?= 2
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
 .PHONY: demo test test-integrations bench build clean
@@ -13,8 +14,9 @@ demo: $(VENV)/demo
 	$(BIN)/kdk demo
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest -q -m "not interpret"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not interpret"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m interpret
 
 # The trainers that kd_trainer.integrations plugs into, in an environment of their own. torchtune 0.6 imports what torchao has
 # not had since 0.16, and PEFT refuses older ones: so torchtune's tests see another torchao.

@@ -1,7 +1,7 @@
 """Builds ``kd_kernels._C``: C++ for the CPU, and CUDA where nvcc is found. pyproject.toml holds everything else.
 
-The sources in csrc/cpu are compiled once for each instruction set, and the extension picks one when it is loaded, so that one
-build runs anywhere. No header of torch is used: the build takes seconds and serves every torch release.
+The sources in csrc/cpu are compiled once for each instruction set, and the extension picks one when it is loaded, so
+that one build runs anywhere. No header of torch is used: the build takes seconds and serves every torch release.
 
 Environment: KD_CPP=0 leaves the extension out; KD_CUDA=0 leaves CUDA out; KD_CUDA_ARCHS lists compute capabilities
 ("80;90a;100"); CXX and NVCC name the compilers.
@@ -28,7 +28,10 @@ INSTRUCTION_SETS = [("baseline", 16, "")] + [
     ("avx512", 64, "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c"),
 ] * X86
 # No -ffast-math: NaN and inf are part of the contract. Errno and traps are not, and without them loops vectorise.
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi"
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math "
+    "-Wall -Wextra -Wno-psabi"
+)
 NVCC_FLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -cudart static -Xptxas -v"
 
 
@@ -45,8 +48,8 @@ def ninja_file(output: Path) -> str:
     python = sysconfig.get_paths()["include"]
     flags = f"{CXX_FLAGS} -I{ROOT}/csrc/include -I{ROOT}/csrc -DKD_X86={int(X86)}"
     lines = [
-        "rule cxx", f"  command = {cxx} -MMD -MF $out.d {flags} $more -c $in -o $out", "  depfile = $out.d", "  deps = gcc",
-        "rule link", f"  command = {cxx} -shared -fopenmp $in $libraries -o $out",
+        "rule cxx", f"  command = {cxx} -MMD -MF $out.d {flags} $more -c $in -o $out", "  depfile = $out.d",
+        "  deps = gcc", "rule link", f"  command = {cxx} -shared -fopenmp $in $libraries -o $out",
     ]
     objects = ["binding.o", "codec.o"]
     nvcc = find_nvcc()
@@ -56,13 +59,18 @@ def ninja_file(output: Path) -> str:
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for name, width, isa_flags in INSTRUCTION_SETS:
             objects.append(f"{source.stem}_{name}.o")
-            lines += [f"build {objects[-1]}: cxx {source}", f"  more = -DKD_ISA={name} -DKD_VECTOR_BYTES={width} {isa_flags}"]
+            lines += [
+                f"build {objects[-1]}: cxx {source}", f"  more = -DKD_ISA={name} -DKD_VECTOR_BYTES={width} {isa_flags}"
+            ]
     libraries = ""
     if nvcc:
         archs = os.environ.get("KD_CUDA_ARCHS", "80;90a;100").split(";")
         targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-        lines += ["rule cuda", f"  command = {nvcc} {NVCC_FLAGS} {targets} -I{ROOT}/csrc/include -MD -MF $out.d -c $in -o $out",
-                  "  depfile = $out.d", "  deps = gcc"]
+        flags = f"{NVCC_FLAGS} {targets} -I{ROOT}/csrc/include"
+        lines += [
+            "rule cuda", f"  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out", "  depfile = $out.d",
+            "  deps = gcc",
+        ]
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             objects.append(f"{source.stem}_cuda.o")
             lines.append(f"build {objects[-1]}: cuda {source}")

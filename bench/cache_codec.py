@@ -1,18 +1,20 @@
-"""The codec of the teacher cache on rows of SmolLM2-135M-Instruct: bytes by stream, divergence, speed, and other layouts.
+"""The codec of the teacher cache on rows of SmolLM2-135M-Instruct: bytes by stream, divergence, speed, and other
+layouts.
 
-``python -m bench.cache_codec [--rows 20000] [--out bench/results/cpu_cache_codec.json]`` scores documents (about four minutes a
-corpus on one core), writes them as caches and reads these back. Corpora: introductions of Wikipedia's articles and the Python of
-the standard library. Half of the documents are for learning, the other half are the unseen ones that are measured. Bytes are of
-whole folders, index and all, divided by rows:
+``python -m bench.cache_codec [--rows 20000] [--out bench/results/cpu_cache_codec.json]`` scores documents (about four
+minutes a corpus on one core), writes them as caches and reads these back. Corpora: introductions of Wikipedia's
+articles and the Python of the standard library. Half of the documents are for learning, the other half are the unseen
+ones that are measured. Bytes are of whole folders, index and all, divided by rows:
 
 - ``cold``: a cache of the unseen rows alone, whose writer learns its models from them as it goes;
-- ``warm``: what the same rows add to a cache that has as many rows of the other documents already, as in a larger cache.
+- ``warm``: what the same rows add to a cache that has as many rows of the other documents already, as in a larger
+  cache.
 
-``triple``: every id stands for three, one of which is drawn at random: V = 147,456, near Qwen's 151,936, and the most that such a
-vocabulary can cost (1.58 bits an entry), because nothing tells which of the three it is.
+``triple``: every id stands for three, one of which is drawn at random: V = 147,456, near Qwen's 151,936, and the most
+that such a vocabulary can cost (1.58 bits an entry), because nothing tells which of the three it is.
 
-Other layouts are emulations of the packing alone, on the same entries: Megatron-LM's (fp16 value, 16 bits and one of the id; zlib
-here for its zstd) and DistillKit's at k = 50 with its "budget" settings (14 bytes of values, 16-bit ids).
+Other layouts are emulations of the packing alone, on the same entries: Megatron-LM's (fp16 value, 16 bits and one of
+the id; zlib here for its zstd) and DistillKit's at k = 50 with its "budget" settings (14 bytes of values, 16-bit ids).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from bench import machine
 from kd_kernels import LinearLogits, SparseTargets, topk_targets
-from kd_kernels.cache import CacheManifest, CacheReader, CachedRows, CacheWriter
+from kd_kernels.cache import CachedRows, CacheManifest, CacheReader, CacheWriter
 from kd_kernels.cache.codec import RowModel, learn_model, to_bytes
 from kd_kernels.cache.rows import canonical_rows
 
@@ -167,7 +169,10 @@ def measure(
         before = folder_bytes(known, manifest, place / "known")
         both = folder_bytes(known + unseen, manifest, place / "both")
         entries = sum(each[1].ids.shape[0] for each in unseen) / rows
-        found = {"entries": entries, "cold": cold / rows, "warm": (both - before) / rows, **divergence(unseen, place / "cold")}
+        found = {
+            "entries": entries, "cold": cold / rows, "warm": (both - before) / rows,
+            **divergence(unseen, place / "cold")
+        }
     return found | codec(known, unseen, manifest, repeats)
 
 
@@ -178,8 +183,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    from kd_trainer.assets import smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kd_trainer.assets import smollm2
 
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
@@ -197,7 +203,9 @@ def main() -> None:
         tripled = [[triple(each) for each in part] for part in (known, unseen)]
         cases[f"{corpus}, triple, k=64, 1/16"] = measure(*tripled, 1 / 16, 3 * VOCAB, None, options.repeats)
         cases[f"{corpus}, other layouts"] = other_layouts(unseen)
-    options.out.write_text(json.dumps({"machine": machine.describe(), "rows": options.rows, "cases": cases}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps({"machine": machine.describe(), "rows": options.rows, "cases": cases}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

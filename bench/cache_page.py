@@ -1,6 +1,7 @@
 """The commands of the README's page on the cache, and what they print: a capture, its report, a training from it.
 
-    python -m bench.cache_page --out bench/results/cache_page.json [--teacher smollm2-135m-instruct] [--data wiki-intros]
+    python -m bench.cache_page --out bench/results/cache_page.json [--teacher smollm2-135m-instruct] \\
+        [--data wiki-intros]
 
 Nothing here is timed; bytes and errors are those of the teacher and text named.
 """
@@ -51,7 +52,9 @@ def main() -> None:
             shown.append({"command": command, "output": done.stdout.strip()})
         metrics = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     shown[-1]["output"] += f"\n# first and last line of run/metrics.jsonl\n{metrics[0]}\n{metrics[-1]}"
-    asked.out.write_text(json.dumps({"machine": machine.describe(), "commands": shown, "config": CONFIG.format(**vars(asked))}, indent=1))
+    asked.out.write_text(
+        json.dumps({"machine": machine.describe(), "commands": shown, "config": CONFIG.format(**vars(asked))}, indent=1)
+    )
 
 
 if __name__ == "__main__":

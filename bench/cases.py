@@ -9,8 +9,8 @@ these products in the inputs' dtype, as `torch.mm` gives them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ results. Other libraries are in :mod:`bench.peers`.
 from __future__ import annotations
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def _head(hidden: Tensor, weight: Tensor) -> Tensor:
     return (hidden @ weight.t()).float()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _dense_loss(divergence: str, compiled: bool) -> Callable[..., Tensor]:
     terms = truth.terms_of(divergence)
 
@@ -86,7 +86,7 @@ def checkpointed_sparse(inputs: Inputs, divergence: str) -> Call:
     return lambda: differentiated(inputs, loss)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cross_entropy_loss(compiled: bool) -> Callable[..., Tensor]:
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(_head(hidden, weight), labels)

@@ -2,8 +2,9 @@
 
     OMP_WAIT_POLICY=passive .venv-integrations/bin/python -m bench.convergence FOLDER smollm2-135m-instruct
 
-writes bench/results/cpu_convergence.json. The teacher is each model that is named (SmolLM2, or a folder of any causal language
-model), the student its first, middle and last layer, the text what the teacher itself samples, so no tokenizer is needed.
+writes bench/results/cpu_convergence.json. The teacher is each model that is named (SmolLM2, or a folder of any causal
+language model), the student its first, middle and last layer, the text what the teacher itself samples, so no tokenizer
+is needed.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def _curve(trainer: Trainer) -> list[float]:
 
 
 def curves(teacher: PreTrainedModel, trainer: str, steps: int = STEPS) -> dict[str, list[float]]:
-    """Curves of ``theirs`` and ``ours``: ``transformers``, its Trainer with a dense forward KL, or ``trl``, its GKDTrainer at
-    beta 0.5. AdamW at 1e-3, constant, in fp32."""
+    """Curves of ``theirs`` and ``ours``: ``transformers``, its Trainer with a dense forward KL, or ``trl``, its
+    GKDTrainer at beta 0.5. AdamW at 1e-3, constant, in fp32."""
     last = teacher.config.num_hidden_layers - 1
     rows = sampled_text(teacher)
     options = dict(

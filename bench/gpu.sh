@@ -78,7 +78,7 @@ part tests 140 "$python" -m pytest -q -m gpu --continue-on-collection-errors "${
 part compare 250 "$python" -m bench.side_by_side --device "$device" --plan cuda "${tiny[@]}" \
     --out "$results/gpu_side_by_side.json" "$@"
 
-part sampler 60 "$python" -m bench.sampling --device "$device" "${tiny[@]}" --rows 16 64 256 1024 --seconds 3 \
+part sampler 75 "$python" -m bench.sampling --device "$device" "${tiny[@]}" --rows 16 64 256 1024 --seconds 3 \
     --out "$results/gpu_sampling.json"
 
 part ops 90 "$python" -m pytest -q bench --device "$device" "${tiny[@]}" --benchmark-only --benchmark-quiet \

@@ -1,14 +1,15 @@
 """Their line and ours: time and peak memory of one forward and backward, on a CPU, each in a process of its own.
 
 ``.venv-integrations/bin/python -m bench.integrations [--rows 1024] [--repeats 5] [--only CASE ...]`` writes
-bench/results/cpu_integrations.json, which ``bench.render`` makes the README's table of. What cannot run here is recorded with
-its reason.
+bench/results/cpu_integrations.json, which ``bench.render`` makes the README's table of. What cannot run here is
+recorded with its reason.
 
-Losses: two heads of width 576 over 49,152 ids (SmolLM2's), ``--rows`` rows, fp32, everything from hidden states to gradients.
-Trainers: one micro-batch of four sequences, ``--rows`` tokens in all, through a Llama of two layers of width 128 with such a
-vocabulary. Memory is the rise of resident memory over what was there before the call (VmHWM, as in bench.memory), gradients
-included; times are medians of ``--repeats`` calls after one: on the clock, and of the processor by all threads, which says
-more where others use the machine.
+Losses: two heads of width 576 over 49,152 ids (SmolLM2's), ``--rows`` rows, fp32, everything from hidden states to
+gradients.
+Trainers: one micro-batch of four sequences, ``--rows`` tokens in all, through a Llama of two layers of width 128 with
+such a vocabulary. Memory is the rise of resident memory over what was there before the call (VmHWM, as in
+bench.memory), gradients included; times are medians of ``--repeats`` calls after one: on the clock, and of the
+processor by all threads, which says more where others use the machine.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ def _llama(seed: int):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+            vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=0, pad_token_id=0,
         )
     )
 
@@ -217,7 +218,9 @@ class Case:
 
 
 CASES = {
-    "kl_div": Case("from torch.nn.functional import kl_div", "from kd_trainer.integrations.torch import kl_div", _kl_div),
+    "kl_div": Case(
+        "from torch.nn.functional import kl_div", "from kd_trainer.integrations.torch import kl_div", _kl_div
+    ),
     "linear_cross_entropy": Case(
         "from torch.nn.functional import linear_cross_entropy",
         "from kd_trainer.integrations.torch import linear_cross_entropy", _linear_cross_entropy,
@@ -272,7 +275,9 @@ def _measure(case: str, whose: str, rows: int, repeats: int) -> dict[str, float]
 
 def measured_in_a_process(case: str, whose: str, rows: int, repeats: int) -> dict[str, object]:
     """Bytes and milliseconds of one side, or why it was skipped."""
-    command = [sys.executable, "-m", "bench.integrations", "--one", case, whose, "--rows", str(rows), "--repeats", str(repeats)]
+    command = [
+        sys.executable, "-m", "bench.integrations", "--one", case, whose, "--rows", str(rows), "--repeats", str(repeats)
+    ]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TORCHTUNE)] * (case == "torchtune") + sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -299,7 +304,9 @@ def main() -> None:
         if before | {"comparisons": {}} == content:  # the same machine, versions and shape: the others' results stand
             content["comparisons"] = before["comparisons"]
     for case in arguments.only:
-        sides = {whose: measured_in_a_process(case, whose, arguments.rows, arguments.repeats) for whose in ("theirs", "ours")}
+        sides = {
+            whose: measured_in_a_process(case, whose, arguments.rows, arguments.repeats) for whose in ("theirs", "ours")
+        }
         content["comparisons"][case] = sides | {"repeats": arguments.repeats, "measured": machine.moment()}
         print(case, sides, file=sys.stderr)
         RESULT.write_text(json.dumps(content, indent=1) + "\n")

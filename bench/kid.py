@@ -1,6 +1,6 @@
 """KID's open questions, asked of a small model: which likelihood term, which predictions, and does rewriting help?
 
-    PYTHONPATH=.:python python -m bench.kid --out bench/results/cpu_kid.json [--steps 100] [--seeds 0 1 2]
+    OMP_NUM_THREADS=1 python -m bench.kid --out bench/results/cpu_kid.json [--steps 60] [--seeds 0 1 2]
 
 A four-layer teacher is trained on sentences of a small grammar (``kdk demo --offline-tiny`` has the same); students are
 two of its layers. Every variant trains from the same start on prompts with completions, with its own seeds. Of each:
@@ -90,7 +90,7 @@ def measured(model: Path, teacher: Path, folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -103,7 +103,7 @@ def moment(device: str = "cpu") -> dict[str, object]:
     """
     status = _git("status", "--porcelain", "--untracked-files=no")
     made = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("KD_COMMIT"),
         "modified": None if status is None else bool(status),
         "load_average": round(os.getloadavg()[0], 2),

@@ -1,9 +1,9 @@
 """What a step costs by where its texts come from: the data, the student now, the student earlier.
 
-    python -m bench.on_policy --out bench/results/cpu_on_policy.json       about 15 minutes on two cores
+    python -m bench.on_policy --out bench/results/cpu_on_policy.json       some five minutes on two cores
 
 SmolLM2-135M is the teacher, ten of its layers the student, introductions of Wikipedia's articles the text: 16 tokens
-of prompt and up to 80 more. Each run is `kdk train` by name; a step's seconds are those of its line in metrics.jsonl
+of prompt and up to 48 more. Each run is `kdk train` by name; a step's seconds are those of its line in metrics.jsonl
 (writing, teacher, student, optimiser). The first two steps of a run are left out; the median of each origin is kept.
 """
 
@@ -39,9 +39,9 @@ def seconds_of_steps(name: str, steps: int, out: Path) -> dict[str, list[float]]
     run = RUNS[name]
     train(from_tree(Config, {
         "out": str(out), "teacher": {"model": assets.SMOLLM2}, "student": {"layers": list(range(0, 30, 3))},
-        "data": {"source": assets.WIKI_INTROS, "limit": 400, "max_length": 96},
-        "rollout": {"prompt_tokens": 16, "max_new_tokens": 80}, "optim": {"lr": 1e-4},
-        "train": {"steps": steps, "batch_tokens": 4 * 96, "tensorboard": False},
+        "data": {"source": assets.WIKI_INTROS, "limit": 400, "max_length": 64},
+        "rollout": {"prompt_tokens": 16, "max_new_tokens": 48}, "optim": {"lr": 1e-4},
+        "train": {"steps": steps, "batch_tokens": 4 * 64, "tensorboard": False},
     } | run))
     found: dict[str, list[float]] = defaultdict(list)
     for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()[WARM_UP:]):
@@ -54,7 +54,7 @@ def seconds_of_steps(name: str, steps: int, out: Path) -> dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--steps", type=int, default=14, help="of every run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="of every run (%(default)s)")
     arguments = parser.parse_args()
     results: dict[str, dict] = {}
     for name in RUNS:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

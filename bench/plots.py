@@ -12,9 +12,9 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 MIB = 2**20
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -1,33 +1,38 @@
-"""The README's tables and pictures: from files under bench/results/, and the divergences and methods that there are.
+"""Tables, pictures and printed lines of README.md and docs/methods.md: from files under bench/results/, and the
+divergences and methods that there are.
 
-    python -m bench.render            rewrites README.md between its markers
+    python -m bench.render            rewrites both between their markers
     python -m bench.render --check    exits with 1, and says what is stale, if that would change anything
 
 Markers: ``<!-- bench:NAME -->`` to ``<!-- /bench -->`` with a name from :data:`BLOCKS`, and ``<!-- NAME -->`` to
-``<!-- /NAME -->`` with one from :data:`REGISTRIES`. Nothing is typed by hand: what no file holds is said not to be measured yet.
+``<!-- /NAME -->`` with one from :data:`REGISTRIES`. Nothing is typed by hand: what no file holds is said not to be
+measured yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
-from bench import plots, tables
+from bench import methods_page, plots, tables
 from kd_kernels import divergences
 from kd_trainer import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
-CACHE, STUDY = "cache_page.json", "cpu_study_text2sql.json"
+SAMPLING, GPU_SAMPLING, ROLLOUTS = "cpu_sampling.json", "gpu_sampling.json", "cpu_rollouts.json"
+CACHE, STUDY, METHODS = "cache_page.json", "cpu_study_text2sql.json", "methods_page.json"
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "methods.md")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,16 @@ BLOCKS = {
     "cache": Block(CACHE, tables.cache),
     "study": Block(STUDY, tables.study),
     "integrations": Block(DROP_IN, tables.drop_in),
+    "sampling": Block(SAMPLING, tables.sampling),
+    "rollouts": Block(ROLLOUTS, tables.rollouts),
+    "gpu-sampling": Block(GPU_SAMPLING, tables.sampling, missing="Not yet measured: draws on a GPU."),
+    "on-policy": Block("cpu_on_policy.json", tables.on_policy),
+    "kid": Block("cpu_kid.json", tables.kid),
+} | {
+    f"method-{name}": Block(
+        METHODS, functools.partial(tables.example, name=name), missing=tables.command(example.config, example.command)
+    )
+    for name, example in methods_page.EXAMPLES.items()
 }
 """By marker."""
 
@@ -126,7 +141,7 @@ REGISTRIES = {"divergences": divergence_table, "methods": method_table}
 """By marker."""
 
 
-# -------------------------------------------------------------------------------------------------------------- README
+# --------------------------------------------------------------------------------------------------------------- pages
 
 MARKED = re.compile(
     r"(?P<begin><!-- (?:bench:(?P<name>[\w-]+)|(?P<registry>divergences|methods)) -->\n).*?"
@@ -140,7 +155,7 @@ def read_results(file: str) -> dict:
 
 
 def rendered(text: str, read: Callable[[str], dict] = read_results) -> str:
-    """A README with what is between its markers written anew.
+    """A page with what is between its markers written anew.
 
     Args:
         read: the content of a file in bench/results/, by name; FileNotFoundError where it is not there.
@@ -158,18 +173,20 @@ def rendered(text: str, read: Callable[[str], dict] = read_results) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is stale")
     asked = parser.parse_args(arguments)
-    text = README.read_text()
-    new = rendered(text)
-    if asked.check:
+    for page in PAGES:
+        text = page.read_text()
+        new = rendered(text)
+        if not asked.check:
+            page.write_text(new)
+            continue
         stale = [
             m["name"] or m["registry"] for m, n in zip(MARKED.finditer(text), MARKED.finditer(new)) if m[0] != n[0]
         ]
         if stale:
-            print(f"README.md is stale: {', '.join(stale)}; run python -m bench.render", file=sys.stderr)
-        return 1 if stale else 0
-    README.write_text(new)
+            print(f"{page.name} is stale: {', '.join(stale)}; run python -m bench.render", file=sys.stderr)
+            return 1
     return 0
 
 

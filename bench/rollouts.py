@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import machine
+from bench import machine, tables
 from kd_trainer import rollout
 from kd_trainer.models import CausalLM, load_pretrained
 
@@ -129,8 +129,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the small model alone")
     options = parser.parse_args()
     results: dict[str, dict[str, float]] = {}
-    print("| model, batch, sampling | tokens/s | generate() | times as fast | sampler | theirs, outside of the model |")
-    print("|---|---|---|---|---|---|")
     for name, model in models(options.tiny).items():
         for batch in options.batches:
             for how, sampling in SAMPLINGS.items():
@@ -138,11 +136,8 @@ def main() -> None:
                 row = results[key] = compare(model, batch, options.tokens, sampling, options.rounds)
                 about = {"machine": machine.describe(), "moment": machine.moment()}
                 options.out.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
-                print(
-                    f"| {key} | {row['tokens_per_s']:.0f} | {row['generate_tokens_per_s']:.0f} | "
-                    f"{row['times_as_fast']:.2f} | {row['sampler']:.0%} | {row['theirs_outside_of_the_model']:.0%} |",
-                    flush=True,
-                )
+                print(f"{key}: {row['times_as_fast']:.2f} times as fast", flush=True)
+    print(tables.rollouts(json.loads(options.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import devices, machine, timing
+from bench import devices, machine, tables, timing
 from kd_kernels import LinearLogits, accept_or_resample, heads, sample, sampled_targets, token_stats
 
 HEADS = {"SmolLM2-135M": (576, 49_152), "Qwen3-0.6B": (1024, 151_936)}
+GPU_HEADS = HEADS | {"Llama-3.1-8B": (4096, 128_256)}
 TINY = {"tiny": (16, 500)}
 TARGETS = {"sample": 1.15, "sample, top_p 0.95": 1.35}
 """Of the time of the product, on a CPU at 256 rows."""
@@ -39,11 +40,12 @@ class Rows:
 
     @staticmethod
     def make(rows: int, hidden: int, vocab: int, device: str) -> Rows:
-        generator = torch.Generator().manual_seed(0)
-        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        generator = torch.Generator(device).manual_seed(0)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        states, weight = normal(rows, hidden), 3 / hidden**0.5 * normal(vocab, hidden)
-        return Rows(LinearLogits(states.to(device, dtype), weight.to(device, dtype)), torch.randint(0, vocab, (rows,), generator=generator).to(device))
+        normal = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)  # noqa: E731
+        states, weight = normal(rows, hidden), normal(vocab, hidden).mul_(3 / hidden**0.5)
+        ids = torch.randint(0, vocab, (rows,), generator=generator, device=device)
+        return Rows(LinearLogits(states, weight), ids)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -104,15 +106,6 @@ def measure(rows: Rows, device: devices.Device, seconds: float) -> dict[str, dic
     return found | skipped
 
 
-def table(results: dict[str, dict[str, dict[str, object]]]) -> str:
-    """Ratios to the product, a column a head."""
-    names = list(dict.fromkeys(name for found in results.values() for name in found))
-    cell = lambda row: f"{row['of_product']:.2f}" if "of_product" in row else "-"  # noqa: E731
-    lines = ["| of the bare product | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    lines += [f"| {name} | " + " | ".join(cell(found[name]) for found in results.values()) + " |" for name in names]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -123,14 +116,14 @@ def main() -> None:
     options = parser.parse_args()
     device = devices.CPU() if options.device == "cpu" else devices.CUDA()
     results = {}
-    for name, (hidden, vocab) in (TINY if options.tiny else HEADS).items():
+    for name, (hidden, vocab) in (TINY if options.tiny else GPU_HEADS if options.device == "cuda" else HEADS).items():
         for count in options.rows:
             rows = Rows.make(count, hidden, vocab, options.device)
             check(rows)
             results[f"{name}, {count} rows"] = measure(rows, device, 0.0 if options.tiny else options.seconds)
             about = {"machine": machine.describe(options.device), "moment": machine.moment(options.device)}
             options.out.write_text(json.dumps(about | {"targets": TARGETS, "results": results}, indent=1) + "\n")
-    print(table(results))
+    print(tables.sampling(json.loads(options.out.read_text())))
 
 
 if __name__ == "__main__":

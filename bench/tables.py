@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from bench import integrations
 from bench.cases import CASES, PRODUCTS
@@ -275,7 +275,7 @@ def gpu(results: dict) -> str:
     return "\n\n".join([text, *(_gpu_block(record) for record in timed)])
 
 
-# ------------------------------------------------------------------------------------------------ other people's trainers
+# ---------------------------------------------------------------------------------------------- other people's trainers
 
 
 def drop_in(results: dict) -> str:
@@ -292,10 +292,10 @@ def drop_in(results: dict) -> str:
     shape, versions = results["shape"], results["versions"]
     measured = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     about = (
-        f"{results['machine']['model']}, {results['machine']['cores']} cores; {measured}; {_provenance(results)}. Loss and "
-        f"gradients of {shape['rows']:,} tokens over {shape['vocab']:,} ids in fp32: from hidden states of width "
-        f"{shape['hidden']}, or one micro-batch of a small Llama of width {shape['width']} in its trainer. Peak of resident "
-        f"memory above the level before, gradients included; time on the clock."
+        f"{results['machine']['model']}, {results['machine']['cores']} cores; {measured}; {_provenance(results)}. "
+        f"Loss and gradients of {shape['rows']:,} tokens over {shape['vocab']:,} ids in fp32: from hidden states of "
+        f"width {shape['hidden']}, or one micro-batch of a small Llama of width {shape['width']} in its trainer. Peak "
+        f"of resident memory above the level before, gradients included; time on the clock."
     )
     return "\n\n".join([table(["yours", "ours", "memory", "time"], rows), *reasons, about])
 
@@ -331,6 +331,95 @@ def cache(results: dict) -> str:
     return f"With `run.yaml` as\n\n```yaml\n{results['config'].strip()}\n```\n\nthe whole way is\n\n```\n{shown}\n```"
 
 
+# ---------------------------------------------------------------------------------------------------------- the sampler
+
+
+def _one_moment(results: dict) -> str:
+    """Of a file that was written by one run."""
+    measured = results["moment"]
+    commit = (measured["commit"] or "unknown")[:9] + ("+" if measured["modified"] else "")
+    on = results["machine"]
+    return f"{on['model']}, torch {on['torch']}; {measured['date'][:10]}, commit {commit}"
+
+
+def sampling(results: dict) -> str:
+    """Times over that of the bare product of the head, a column a head and number of rows."""
+    heads, targets = results["results"], results["targets"]
+    names = dict.fromkeys(name for found in heads.values() for name in found)
+    cell = lambda row: f"{row['of_product']:.2f}" if "of_product" in row else "-"  # noqa: E731
+    rows = [
+        [name, *(cell(found.get(name, {})) for found in heads.values()), str(targets.get(name, ""))]
+        for name in names if name != "product"
+    ]
+    products = ", ".join(f"{name}: {found['product']['p50_ms']:,.0f} ms" for name, found in heads.items())
+    about = f"From hidden states, over the bare product of the head ({products}). {_one_moment(results)}."
+    return f"{about}\n\n{table(['of the product', *heads, 'at most, on a CPU at 256 rows'], rows)}"
+
+
+def rollouts(results: dict) -> str:
+    """Tokens a second of whole roll-outs, beside ``generate()``."""
+    rows = [
+        [
+            name, f"{row['tokens_per_s']:,.0f}", f"{row['generate_tokens_per_s']:,.0f}", f"{row['times_as_fast']:.2f}",
+            f"{row['sampler']:.0%}", f"{row['theirs_outside_of_the_model']:.0%}",
+        ]
+        for name, row in results["results"].items()
+    ]
+    header = [
+        "model, batch, sampling", "tokens/s", "`generate()`", "times as fast", "of it `sample`",
+        "theirs, outside of the model",
+    ]
+    about = (
+        "`kd_trainer.rollout.generate` beside transformers' `generate()` of the same model, prompts and lengths, "
+        f"in turns. {_one_moment(results)}."
+    )
+    return f"{about}\n\n{table(header, rows)}"
+
+
+# --------------------------------------------------------------------------------------------------------- the methods
+
+
+def command(config: str | None, line: str, printed: str = "") -> str:
+    """A YAML file, and a command with what it printed."""
+    file = "" if config is None else f"```yaml\n{config.strip()}\n```\n\n"
+    return f"{file}```\n$ {line}\n{printed}```"
+
+
+def example(results: dict, name: str) -> str:
+    """A run of docs/methods.md."""
+    shown = results["examples"][name]
+    metrics = f"\n# lines of metrics.jsonl, some fields left out\n{shown['metrics']}\n" if shown["metrics"] else ""
+    return command(shown["config"], shown["command"], f"{shown['output']}\n{metrics}")
+
+
+def on_policy(results: dict) -> str:
+    """Seconds of a step by where its texts come from."""
+    rows = [
+        [run, origin, f"{found['median_s']:.2f}", f"{found['of_sft']:.2f}", str(found["steps"])]
+        for run, origins in results["runs"].items() for origin, found in origins.items()
+    ]
+    header = ["method", "its texts", "seconds a step", "of SFT's", "steps"]
+    made = results["machine"]
+    return f"{table(header, rows)}\n\nMedians, on {made['model']}, {made['threads']} threads."
+
+
+def kid(results: dict) -> str:
+    """KID's readings beside each other."""
+    columns = {
+        f"{key} on {where}": f"{title}, {short}"
+        for where, short in (("the text", "text"), ("its own text", "own"))
+        for key, title in (("forward_kl", r"KL(p\|\|q)"), ("reverse_kl", r"KL(q\|\|p)"))
+    }
+    rows = []
+    for name, found in results["variants"].items():
+        spread = found["deviation"] or {}
+        shown = [f"{found['mean'][key]:.3f}" + (f" ± {spread[key]:.3f}" if spread else "") for key in columns]
+        rows.append([name, f"{found['processor time over sft']:.2f}", *shown])
+    steps, seeds = results["settings"]["steps"], len(results["settings"]["seeds"])
+    about = f"{steps} steps, one seed" if seeds == 1 else f"{steps} steps, {seeds} seeds; ± is the standard deviation"
+    return table(["", "processor time / SFT", *columns.values()], rows) + f"\n\n{about}."
+
+
 # ----------------------------------------------------------------------------------------------------------- the study
 
 
@@ -342,13 +431,15 @@ def study(results: dict) -> str:
     size = results["start"]["size"]
     missing = [entry.label for name, entry in lineup.ENTRIES.items() if name not in seeds]
     few = min(seeds.values())
-    counts = f"Seeds of each method: {few}" if few == max(seeds.values()) else f"Seeds of each method: {few} to {max(seeds.values())}"
+    many = max(seeds.values())
+    counts = f"Seeds of each method: {few}" + (f" to {many}" if many > few else "")
+    layers = ", ".join(map(str, size["layers"]))
     about = (
-        f"Teacher: {size['base']} after {size['teacher_steps']} steps; student: layers {', '.join(map(str, size['layers']))} of it "
+        f"Teacher: {size['base']} after {size['teacher_steps']} steps; student: layers {layers} of it "
         f"after {size['start_steps']} steps, from which every method goes on for {size['steps']} steps of about "
-        f"{size['batch_tokens']} tokens. {size['dev_questions']} questions, queries run on {size['databases']} seeded databases; "
-        f"KL and ExAccErr on {size['fidelity_questions']} of them. {counts}; ± is the standard deviation over them. "
-        "Tokens a second are those of runs that shared the machine with others."
+        f"{size['batch_tokens']} tokens. {size['dev_questions']} questions, queries run on {size['databases']} seeded "
+        f"databases; KL and ExAccErr on {size['fidelity_questions']} of them. {counts}; ± is the standard deviation "
+        "over them. Tokens a second are those of runs that shared the machine with others."
     )
     if missing:
         about += f" Not run at this size: {', '.join(missing)}."

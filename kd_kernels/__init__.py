@@ -1,9 +1,9 @@
 """kd-kernels: distil language models from hidden states to loss and gradient, without the logits.
 
-``kd_loss`` is the loss, ``topk_targets`` extracts a sparse teacher, ``token_stats`` says what a model makes of given tokens,
-``sample`` draws tokens from it, ``sampled_targets`` a sparse teacher, ``accept_or_resample`` replaces a student's tokens that a
-teacher does not accept. ``LinearLogits``, ``SparseTargets`` and ``EnsembleLogits`` stand for logits, ``divergences``
-holds the formulas, ``kd_kernels.cache`` the file format.
+``kd_loss`` is the loss, ``topk_targets`` extracts a sparse teacher, ``token_stats`` says what a model makes of given
+tokens, ``sample`` draws tokens from it, ``sampled_targets`` a sparse teacher, ``accept_or_resample`` replaces a
+student's tokens that a teacher does not accept. ``LinearLogits``, ``SparseTargets`` and ``EnsembleLogits`` stand for
+logits, ``divergences`` holds the formulas, ``kd_kernels.cache`` the file format.
 """
 
 from kd_kernels import divergences

@@ -17,10 +17,11 @@ BACKENDS = ("reference", "cpp", "triton")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 MAX_VOCAB = 1 << 24
-"""Columns that the Triton kernels take: ids below it are exact in fp32. The counter of the draws names no groups beyond it."""
+"""Columns that the Triton kernels take: ids below it are exact in fp32. The counter of the draws names no groups beyond
+it."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def extension() -> ModuleType:
     """The compiled extension ``kd_kernels._C``.
 
@@ -36,7 +37,7 @@ def extension() -> ModuleType:
         ) from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _say_once_if_not_built() -> None:
     if importlib.util.find_spec("kd_kernels._C") is None:
         warnings.warn(
@@ -46,7 +47,7 @@ def _say_once_if_not_built() -> None:
         )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triton() -> ModuleType:
     """Triton, new enough.
 
@@ -74,9 +75,10 @@ def interprets() -> bool:
     return _triton().knobs.runtime.interpret
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _check_gpu(where: str, index: int | None) -> None:
-    """Raise RuntimeError for an NVIDIA GPU that is too old. (AMD's are refused by Triton where it has no code for them.)"""
+    """Raise RuntimeError for an NVIDIA GPU that is too old. (AMD's are refused by Triton where it has no code for
+    them.)"""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return
     capability = torch.cuda.get_device_capability(index)
@@ -96,7 +98,8 @@ def _runs_on(name: str, device: torch.device) -> bool:
 
 
 def check_triton_takes(where: str, columns: int, *tensors: torch.Tensor) -> None:
-    """Raise for what the Triton kernels do not do, before anything is allocated: fp64, and more columns than they can count."""
+    """Raise for what the Triton kernels do not do, before anything is allocated: fp64, and more columns than they can
+    count."""
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         _check.fail_type(
             where, "tensors", 'of dtype float32, bfloat16 or float16 for backend="triton"', torch.float64,
@@ -109,7 +112,9 @@ def check_triton_takes(where: str, columns: int, *tensors: torch.Tensor) -> None
 def check_not_capturing(where: str, argument: str, requirement: str, got: object, remedy: str) -> None:
     """Raise while a CUDA graph is being captured: sizes that depend on the data must be read by the host."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(_check.complaint(where, argument, requirement + " while a CUDA graph is captured", got, remedy))
+        raise RuntimeError(
+            _check.complaint(where, argument, requirement + " while a CUDA graph is captured", got, remedy)
+        )
 
 
 def choose(where: str, backend: str | None, device: torch.device, built: tuple[str, ...]) -> str:
@@ -127,14 +132,16 @@ def choose(where: str, backend: str | None, device: torch.device, built: tuple[s
     if name not in built:
         raise RuntimeError(
             _check.complaint(
-                where, "backend", "one that this version has: " + ", ".join(built), f'"{name}" for a tensor on {device}',
-                'pass backend="reference", which runs on every device',
+                where, "backend", "one that this version has: " + ", ".join(built),
+                f'"{name}" for a tensor on {device}', 'pass backend="reference", which runs on every device',
             )
         )
     if not _runs_on(name, device):
         remedy = "move the tensors to a GPU, or pass " if name == "triton" else "pass "
         others = 'backend="cpp" or backend="reference"' if on_cpu else 'backend="reference"'
-        raise RuntimeError(_check.complaint(where, "backend", f"one for tensors on {device}", f'"{name}"', remedy + others))
+        raise RuntimeError(
+            _check.complaint(where, "backend", f"one for tensors on {device}", f'"{name}"', remedy + others)
+        )
     if torch.compiler.is_compiling():  # a compiled graph finds out when the op runs
         return name
     if name == "triton":

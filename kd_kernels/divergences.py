@@ -1,16 +1,17 @@
 """The divergences, each written once.
 
 p is the teacher's probability and q the student's, everywhere; values are in nats. A divergence here is a sum over the
-vocabulary of ``f(log p, log q)``, and all that a kernel needs of it are two scalars: ``f`` and ``g = df / dlog q``. With
-``G = sum_v g`` the gradient with respect to a student logit is ``(g - q G) / temperature``.
+vocabulary of ``f(log p, log q)``, and all that a kernel needs of it are two scalars: ``f`` and ``g = df / dlog q``.
+With ``G = sum_v g`` the gradient with respect to a student logit is ``(g - q G) / temperature``.
 
 Each formula is one straight-line function below, in a tiny vocabulary (arithmetic, comparisons, ``tl.exp``, ``tl.log``,
-``tl.abs``, ``tl.where``). From that one text come the Triton device function (:func:`triton_terms`), the torch code of the
-reference backend (:func:`torch_terms`) and the C++ struct in ``csrc/include/kd/terms.h`` (printed by
+``tl.abs``, ``tl.where``). From that one text come the Triton device function (:func:`triton_terms`), the torch code of
+the reference backend (:func:`torch_terms`) and the C++ struct in ``csrc/include/kd/terms.h`` (printed by
 ``kd_kernels/generate_terms.py``). A masked column has ``log p = -inf`` or ``log q = -inf``: the guards keep
 ``0 * inf`` out, so that a column that neither model has adds nothing.
 
-To add one: a function and a factory here, an oracle in ``tests/oracles.py``, then ``python -m kd_kernels.generate_terms``.
+To add one: a function and a factory here, an oracle in ``tests/oracles.py``, then
+``python -m kd_kernels.generate_terms``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from __future__ import annotations
 import ast
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +153,8 @@ class Divergence:
         symmetric: D(p, q) = D(q, p).
         bound: the largest value that it can take, in nats, or None.
         paper: where it comes from.
-        total_g: G = sum g where it is the same for every pair of distributions, else None. It spares a walk over the row.
+        total_g: G = sum g where it is the same for every pair of distributions, else None. It spares a walk over the
+            row.
     """
 
     name: str
@@ -178,7 +181,9 @@ class Divergence:
         return f"{self.name}({', '.join(arguments)})" if arguments else self.name
 
 
-def _number(where: str, argument: str, value: object, requirement: str, holds: Callable[[float], bool], remedy: str = "") -> float:
+def _number(
+    where: str, argument: str, value: object, requirement: str, holds: Callable[[float], bool], remedy: str = ""
+) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         _check.fail_type(where, argument, "a number", type(value).__name__)
     if not (abs(value) < float("inf") and holds(value)):
@@ -200,7 +205,8 @@ def reverse_kl() -> Divergence:
 
 
 def jsd(beta: float = 0.5) -> Divergence:
-    """Generalised Jensen-Shannon: ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``, 0 < beta < 1.
+    """Generalised Jensen-Shannon: ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``, 0 < beta
+    < 1.
 
     At the end points it vanishes (``jsd / beta -> forward KL`` as beta -> 0, ``jsd / (1 - beta) -> reverse KL`` as
     beta -> 1), so they are refused. Agarwal et al. 2023 (GKD), arXiv 2306.13649.
@@ -208,7 +214,8 @@ def jsd(beta: float = 0.5) -> Divergence:
     beta = _number("jsd", "beta", beta, "in (0, 1)", lambda b: 0 < b < 1, "for the limits use forward_kl or reverse_kl")
     entropy = -beta * _log(beta) - (1 - beta) * _log(1 - beta)
     return Divergence(
-        "jsd", _jsd, (("beta", beta),), symmetric=beta == 0.5, bound=entropy, paper="Agarwal et al. 2023, arXiv 2306.13649"
+        "jsd", _jsd, (("beta", beta),), symmetric=beta == 0.5, bound=entropy,
+        paper="Agarwal et al. 2023, arXiv 2306.13649"
     )
 
 
@@ -240,13 +247,15 @@ def skew_reverse_kl(alpha: float = 0.1, detach_mixture: bool = False) -> Diverge
 def jeffreys(weight: float = 0.5) -> Divergence:
     """``weight KL(p || q) + (1 - weight) KL(q || p)``, 0 < weight < 1; symmetric at 0.5. Jeffreys 1946."""
     weight = _number(
-        "jeffreys", "weight", weight, "in (0, 1)", lambda w: 0 < w < 1, "for the end points use reverse_kl or forward_kl"
+        "jeffreys", "weight", weight, "in (0, 1)", lambda w: 0 < w < 1,
+        "for the end points use reverse_kl or forward_kl"
     )
     return Divergence("jeffreys", _jeffreys, (("weight", weight),), symmetric=weight == 0.5, paper="Jeffreys 1946")
 
 
 def total_variation() -> Divergence:
-    """``1/2 sum |p - q|``; one minus it is the acceptance rate of speculative decoding. Wen et al. 2023, arXiv 2307.15190."""
+    """``1/2 sum |p - q|``; one minus it is the acceptance rate of speculative decoding. Wen et al. 2023, arXiv
+    2307.15190."""
     return Divergence(
         "total_variation", _total_variation, symmetric=True, bound=1.0, paper="Wen et al. 2023, arXiv 2307.15190"
     )
@@ -260,10 +269,12 @@ def squared_hellinger() -> Divergence:
 def alpha(alpha: float = 0.5) -> Divergence:
     """Amari's alpha: ``(sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1))``; alpha not 0 or 1.
 
-    alpha -> 1 is the forward KL, alpha -> 0 the reverse. Summed as ``(p^a q^(1-a) - a p - (1-a) q) / (a (a - 1))``, which
-    has the same sum and no negative term. Amari 1985; Wang et al. 2025 (ABKD), arXiv 2505.04560.
+    alpha -> 1 is the forward KL, alpha -> 0 the reverse. Summed as ``(p^a q^(1-a) - a p - (1-a) q) / (a (a - 1))``,
+    which has the same sum and no negative term. Amari 1985; Wang et al. 2025 (ABKD), arXiv 2505.04560.
     """
-    alpha = _number("alpha", "alpha", alpha, "other than 0 and 1", lambda a: a not in (0, 1), "use reverse_kl or forward_kl")
+    alpha = _number(
+        "alpha", "alpha", alpha, "other than 0 and 1", lambda a: a not in (0, 1), "use reverse_kl or forward_kl"
+    )
     bound = 1 / (alpha * (1 - alpha)) if 0 < alpha < 1 else None
     return Divergence("alpha", _alpha, (("alpha", alpha),), symmetric=alpha == 0.5, bound=bound, paper="Amari 1985")
 
@@ -331,7 +342,7 @@ def custom(name: str, terms: Callable[..., tuple[Tensor, Tensor]], **params: flo
     return made
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parse_builtin(text: str) -> Divergence | None:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
@@ -342,7 +353,9 @@ def _parse_builtin(text: str) -> Divergence | None:
         if None in kwargs:
             raise ValueError("** is not for configurations")
     except (SyntaxError, ValueError, AttributeError):
-        _check.fail("divergence", "the string", 'of the form name or name(parameter=value), as "jsd(beta=0.5)"', repr(text))
+        _check.fail(
+            "divergence", "the string", 'of the form name or name(parameter=value), as "jsd(beta=0.5)"', repr(text)
+        )
     if name not in REGISTRY:
         return None
     try:
@@ -389,7 +402,7 @@ def torch_terms(divergence: Divergence) -> Callable[[Tensor, Tensor], tuple[Tens
     return lambda logp, logq: divergence.terms(logp, logq, *divergence.values)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def triton_terms(kernel: str) -> Any:
     """The formula named ``kernel`` as a Triton device function ``(logp, logq, *params) -> (f, g)``.
 

@@ -10,16 +10,16 @@ Logits are never rounded to bf16 or fp16, unless the caller names that (``precis
 divergence is a difference p - q, which rounding the logits makes wrong by 3 to 30 percent as the student gets good.
 G itself may be rounded: its error stays relative to G.
 
-On a GPU the products of half-precision operands are written in fp32 (``out_dtype``). torch's CPU products cannot do that,
-so there half-precision weights are widened tile by tile and multiplied in fp32; a bf16 input is exact in fp32. Where a CPU
-multiplies bf16 in hardware, the gradient of a bf16 head is a bf16 tile there as well.
+On a GPU the products of half-precision operands are written in fp32 (``out_dtype``). torch's CPU products cannot do
+that, so there half-precision weights are widened tile by tile and multiplied in fp32; a bf16 input is exact in fp32.
+Where a CPU multiplies bf16 in hardware, the gradient of a bf16 head is a bf16 tile there as well.
 """
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ WEIGHT_TILE_BYTES = 8 << 20
 """Widened rows of a half-precision weight held at a time: enough columns for the product to run at full speed."""
 
 PRODUCT_COLUMNS = 8192
-"""Columns of a product on a CPU. A BLAS may split the sum over threads and then holds the result twice: this bounds the second."""
+"""Columns of a product on a CPU. A BLAS may split the sum over threads and then holds the result twice: this bounds the
+second."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -78,7 +79,8 @@ class Head(ABC):
 
     @abstractmethod
     def hidden_gradient(self, gradient: Tensor, out: Tensor | None) -> Tensor:
-        """``gradient @ weight``, into ``out`` if its dtype is one that the product can write, else into a new tensor."""
+        """``gradient @ weight``, into ``out`` if its dtype is one that the product can write, else into a new
+        tensor."""
 
     @abstractmethod
     def weight_total(self, chunks: int) -> torch.dtype:
@@ -90,7 +92,8 @@ class Head(ABC):
 
 
 class CpuHead(Head):
-    """Widened tiles in fp32; the gradient tile and its products in bf16 where the processor has them and the inputs are bf16."""
+    """Widened tiles in fp32; the gradient tile and its products in bf16 where the processor has them and the inputs are
+    bf16."""
 
     def __init__(
         self, linear: LinearLogits, dtype: torch.dtype, columns: int, precision: str, autocast: torch.dtype | None
@@ -205,7 +208,8 @@ def pieces(columns: int, width: int) -> Iterator[slice]:
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, adds: bool = False) -> None:
-    """``out = left @ right`` or ``out += left @ right``, where ``out`` has the operands' dtype or, on a GPU, is fp32."""
+    """``out = left @ right`` or ``out += left @ right``, where ``out`` has the operands' dtype or, on a GPU, is
+    fp32."""
     if out.dtype == left.dtype:
         torch.addmm(out, left, right, out=out) if adds else torch.mm(left, right, out=out)
     elif adds:
@@ -215,7 +219,8 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, adds: bool = False) -
 
 
 def head(
-    linear: LinearLogits, dtype: torch.dtype, columns: int, precision: str = "float32", autocast: torch.dtype | None = None
+    linear: LinearLogits, dtype: torch.dtype, columns: int, precision: str = "float32",
+    autocast: torch.dtype | None = None
 ) -> Head:
     """The head of a noun, for the device that it is on."""
     kind = CpuHead if linear.device.type == "cpu" else GpuHead

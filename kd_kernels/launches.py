@@ -15,10 +15,11 @@ import functools
 import importlib
 import itertools
 import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits
 from kd_kernels.loss import driver
 from kd_kernels.loss.plan import TAILS, RowJob
 from kd_kernels.products import PITCH, RawRows, SparseRows
-from kd_kernels.sampling.reference import Request, RowSamples
+from kd_kernels.sampling.reference import Request, RowSamples, RowTargets, TargetRequest
 from kd_kernels.stats.reference import RowStats
 
 TARGETS = {
@@ -86,7 +87,7 @@ class _Address:
         return self.bytes
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backend_of(target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -94,7 +95,7 @@ def backend_of(target: str) -> Any:
     return make_backend(GPUTarget(*TARGETS[target]))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _binder(kernel: Any, target: str) -> Callable[..., tuple[dict, list, dict]]:
     from triton.runtime.jit import create_function_from_signature
 
@@ -398,6 +399,22 @@ def _sample_head(choice: Choice) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# sampled_targets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _target_rows(choice: Choice) -> None:
+    rows, columns, draws, certain = choice["rows"], choice["columns"], choice["draws"], choice["certain"]
+    certain, width = min(certain, columns), min(columns, draws + certain)
+    rectangle = lambda dtype: _empty(rows, width, dtype=dtype)  # noqa: E731
+    request = TargetRequest(*(_of_rows(choice, torch.int64) for _ in range(3)), 0.5, draws, certain)
+    out = RowTargets(
+        _empty(rows, dtype=torch.int64), rectangle(torch.int64), rectangle(torch.float32), rectangle(torch.float32)
+    )
+    _triton("sampling").target_rows(_raw_rows(choice, "logits"), request, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # topk_targets
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -474,6 +491,15 @@ VERBS: dict[str, Verb] = {
             **_ROWS_MAIN, "rows": (16, 64), "dtype": (torch.bfloat16,), "width": (4096,), "logits_bias": (False,),
             "filters": ((),), "stats": (False, True), "given": (False,),
         },
+    ),
+    "sampled_targets": Verb(
+        axes={
+            **_ROWS, "columns": (*_ROWS["columns"], 500_000, 1 << 24), "logits": (HEAD, COPY, *CALLERS),
+            "logits_bias": (False, True), "draws": (1, 50, 4096), "certain": (0, 1, 40, 5000),
+        },
+        is_possible=lambda choice: _has_rows(choice, "logits"),
+        launch=_target_rows,
+        main={**_ROWS_MAIN, "logits": (HEAD,), "logits_bias": (False,), "draws": (50,), "certain": (0, 8)},
     ),
     "topk_targets": Verb(
         axes={

@@ -16,8 +16,8 @@ and not inside a kernel.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence, Union
 
 import torch
 from torch import Tensor
@@ -96,9 +96,9 @@ class LinearLogits:
 class SparseTargets:
     """A teacher that is known at some ids only: from a cache on disk, or sampled.
 
-    Row ``i`` holds entries ``offsets[i]`` to ``offsets[i + 1]``: distinct token ids with the teacher's log-probabilities,
-    which are normalised over the *whole* vocabulary (they do not sum to one over the row). ``tail_logprob`` is the log
-    of the mass that the row leaves out.
+    Row ``i`` holds entries ``offsets[i]`` to ``offsets[i + 1]``: distinct token ids with the teacher's
+    log-probabilities, which are normalised over the *whole* vocabulary (they do not sum to one over the row).
+    ``tail_logprob`` is the log of the mass that the row leaves out.
 
     Args:
         offsets: int64 ``[N + 1]``, non-decreasing, ``offsets[0] == 0`` and ``offsets[N] == nnz``. A row may be empty.
@@ -177,7 +177,9 @@ class SparseTargets:
         where = "SparseTargets.from_topk"
         ids, logprobs = _check.integral(where, "ids", ids), _check.tensor(where, "logprobs", logprobs)
         if ids.dim() != 2 or ids.shape != logprobs.shape:
-            _check.fail(where, "ids and logprobs", "of one shape [N, k]", f"{list(ids.shape)} and {list(logprobs.shape)}")
+            _check.fail(
+                where, "ids and logprobs", "of one shape [N, k]", f"{list(ids.shape)} and {list(logprobs.shape)}"
+            )
         rows, k = ids.shape
         if tail_logprob is None:
             tail_logprob = torch.log((1.0 - logprobs.double().exp().sum(1)).clamp_min(0.0)).to(logprobs.dtype)
@@ -185,7 +187,8 @@ class SparseTargets:
         return SparseTargets(offsets, ids.reshape(-1), logprobs.reshape(-1), tail_logprob)
 
     def at_temperature(self, temperature: float) -> SparseTargets:
-        """The same rows, with log-probabilities and tail of the distribution ``p^(1/T) / Z_T``; exact, because Z_T is stored.
+        """The same rows, with log-probabilities and tail of the distribution ``p^(1/T) / Z_T``; exact, because Z_T is
+        stored.
 
         Raises:
             ValueError: ``temperature`` is not among ``temperatures`` (the message lists those), or the rows carry
@@ -207,8 +210,8 @@ class SparseTargets:
         kept.index_add_(0, self.row_of_entry(), logprobs.double().exp())
         tail = torch.log((1.0 - kept).clamp_min(0.0)).to(self.logprobs.dtype)
         if self.tail_logprob is not None:
-            # What a cache rounded may leave nothing to 1, or too much. The tail as one id bounds it: sum x^(1/T) is at least
-            # (sum x)^(1/T) for T > 1, and at most that for T < 1.
+            # What a cache rounded may leave nothing to 1, or too much. The tail as one id bounds it: sum x^(1/T) is at
+            # least (sum x)^(1/T) for T > 1, and at most that for T < 1.
             bound = self.tail_logprob.to(tail.dtype) / temperature - log_z
             nearest = torch.maximum(tail, bound) if temperature > 1 else torch.minimum(tail, bound)
             tail = torch.where(tail == -torch.inf, bound, nearest)
@@ -252,13 +255,16 @@ class SparseTargets:
         if any(shape_of(part) != shape_of(first) for part in parts):
             _check.fail(where, "parts", "alike in temperatures and in which fields they have", "a mixture")
         counts = torch.cat([part.offsets.diff() for part in parts])
-        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in fields if getattr(first, name) is not None}
+        joined = {
+            name: torch.cat([getattr(p, name) for p in parts]) for name in fields if getattr(first, name) is not None
+        }
         return dataclasses.replace(first, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)), **joined)
 
 
 @dataclass(frozen=True, eq=False)
 class EnsembleLogits:
-    """Several teachers as one: ``sum_i w_i z_i`` (``space="logit"``) or ``log sum_i w_i softmax(z_i)`` (``space="prob"``).
+    """Several teachers as one: ``sum_i w_i z_i`` (``space="logit"``) or ``log sum_i w_i softmax(z_i)``
+    (``space="prob"``).
 
     The members are reduced densely, chunk of rows by chunk of rows, so a top-k taken afterwards is the top-k of the
     ensemble and not a union of supports.
@@ -325,10 +331,10 @@ class EnsembleLogits:
         return self.members[0].device
 
 
-Logits = Union[Tensor, LinearLogits, EnsembleLogits]
+Logits = Tensor | LinearLogits | EnsembleLogits
 """Whatever stands for a dense matrix of logits."""
 
-Targets = Union[Logits, SparseTargets]
+Targets = Logits | SparseTargets
 """Whatever can be a teacher."""
 
 

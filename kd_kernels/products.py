@@ -1,8 +1,8 @@
 """From nouns to chunks of rows of logits: the products of the language-model head, and the memory that they may take.
 
-Every verb walks its rows in chunks through a :class:`Source`. A dense source yields :class:`RawRows`: the *products* of a
-chunk (``heads.py``), in fp32 (fp64 where an input is fp64), with the elementwise map that turns them into logits still to be
-applied, because the row kernels apply it while they read. A sparse one yields :class:`SparseRows`.
+Every verb walks its rows in chunks through a :class:`Source`. A dense source yields :class:`RawRows`: the *products* of
+a chunk (``heads.py``), in fp32 (fp64 where an input is fp64), with the elementwise map that turns them into logits
+still to be applied, because the row kernels apply it while they read. A sparse one yields :class:`SparseRows`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from kd_kernels import _check, heads
-from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, vocab
+from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, leading_shape, vocab
 
 DEFAULT_SCRATCH_BYTES = {"cpu": 256 << 20}
 """Scratch that a verb takes when the caller gives no ``max_scratch_bytes``, by device type."""
 FALLBACK_SCRATCH_BYTES = 1400 << 20
-"""Enough for 1,024 rows or more of two models at a vocabulary of 150,000: there the weights, which are read for every chunk, and
-the gradient of the head, which is added to for every chunk, hide behind the products."""
+"""Enough for 1,024 rows or more of two models at a vocabulary of 150,000: there the weights, which are read for every
+chunk, and the gradient of the head, which is added to for every chunk, hide behind the products."""
 
 PITCH = 64
 """Rows of scratch on a GPU begin at multiples of so many elements: matrix units and 16-byte loads want aligned rows."""
@@ -47,8 +47,8 @@ and hands out again; more goes back to the system, and its first write then find
 class RawRows:
     """Rows that stand for logits ``softcap * tanh(scale * (raw + bias) / softcap)``.
 
-    ``raw`` is ``[C, V]``, in the work dtype, or in the caller's own where the source is ``native``. ``bias`` is in the work
-    dtype, contiguous. Columns of a row are adjacent; rows may be further apart.
+    ``raw`` is ``[C, V]``, in the work dtype, or in the caller's own where the source is ``native``. ``bias`` is in the
+    work dtype, contiguous. Columns of a row are adjacent; rows may be further apart.
     """
 
     raw: Tensor
@@ -66,7 +66,8 @@ class RawRows:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def factor_and_height(self, temperature: float = 1.0) -> tuple[float, float]:
-        """The map as Triton's kernels take it (``triton_rows.map_raw``), for logits over ``temperature``; height 0: no softcap."""
+        """The map as Triton's kernels take it (``triton_rows.map_raw``), for logits over ``temperature``; height 0: no
+        softcap."""
         if self.softcap is None:
             return self.scale / temperature, 0.0
         return self.scale / self.softcap, self.softcap / temperature
@@ -79,7 +80,8 @@ class RawRows:
 
 
 class SparseRows(NamedTuple):
-    """C rows of a sparse teacher: row i has the entries ``starts[i]`` to ``ends[i]`` of the arrays that all rows share."""
+    """C rows of a sparse teacher: row i has the entries ``starts[i]`` to ``ends[i]`` of the arrays that all rows
+    share."""
 
     starts: Tensor  # int64 [C]
     ends: Tensor  # int64 [C]
@@ -197,7 +199,8 @@ class LinearSource(Source):
         self.dtype = dtype
         self.bias = None if linear.bias is None else linear.bias[:columns].to(dtype).contiguous()
         self.pitch = row_pitch(columns, dtype, linear.device)
-        # Of the hidden states' width: what is rounded or widened of them, or a sum of their gradient and what is added to it.
+        # Of the hidden states' width: what is rounded or widened of them, or a sum of their gradient and what is added
+        # to it.
         self.bytes_per_row = (self.pitch + 2 * linear.weight.shape[1]) * dtype.itemsize
         self.fixed_bytes = self.head.fixed_bytes
 
@@ -269,7 +272,8 @@ class EnsembleSource(Source):
 
 
 class SparseSource:
-    """Rows of sparse targets, chunk by chunk. Entries are never copied row by row, and no size is read from the device."""
+    """Rows of sparse targets, chunk by chunk. Entries are never copied row by row, and no size is read from the
+    device."""
 
     bytes_per_row = fixed_bytes = 0
 
@@ -302,13 +306,17 @@ def source(
     if isinstance(logits, LinearLogits):
         return LinearSource(logits, rows, dtype, columns, precision, autocast)
     members = [
-        source(member, rows, dtype, columns=columns, precision=precision, autocast=autocast) for member in logits.members
+        source(
+            member, rows, dtype, columns=columns, precision=precision, autocast=autocast
+        ) for member in logits.members
     ]
     return EnsembleSource(logits, members, rows, dtype, columns)
 
 
 def flattened(logits: Logits) -> Logits:
     """The same noun with one leading dimension. Differentiable; views where they are possible."""
+    if len(leading_shape(logits)) == 1:
+        return logits
     if isinstance(logits, Tensor):
         return logits.reshape(-1, logits.shape[-1])
     if isinstance(logits, LinearLogits):
@@ -320,7 +328,9 @@ def flattened(logits: Logits) -> Logits:
 
 def scratch_budget(max_scratch_bytes: int | None, device: torch.device) -> int:
     """What the caller asked for, or what a verb takes where nobody asked."""
-    return DEFAULT_SCRATCH_BYTES.get(device.type, FALLBACK_SCRATCH_BYTES) if max_scratch_bytes is None else max_scratch_bytes
+    return DEFAULT_SCRATCH_BYTES.get(
+        device.type, FALLBACK_SCRATCH_BYTES
+    ) if max_scratch_bytes is None else max_scratch_bytes
 
 
 def rows_per_chunk(

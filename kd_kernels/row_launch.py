@@ -1,8 +1,9 @@
 """Launch numbers of the Triton row kernels: a pure function of the row and the device, never tuned on N.
 
-Not yet measured on a GPU. What they follow from: four fp32 logits a thread and block are one 16-byte load from each model, and the
-several fp32 sums that a lane keeps for each of them stay below 64 registers, so that two programs of 512 threads share a
-multiprocessor: 32 KB of loads in flight, where its share of the memory's bandwidth times its latency is about 25 KB.
+Not yet measured on a GPU. What they follow from: four fp32 logits a thread and block are one 16-byte load from each
+model, and the several fp32 sums that a lane keeps for each of them stay below 64 registers, so that two programs of 512
+threads share a multiprocessor: 32 KB of loads in flight, where its share of the memory's bandwidth times its latency is
+about 25 KB.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """``block`` columns at a time by ``num_warps`` warps, of lanes with at most ``max_registers`` (None: AMD's compiler decides)."""
+    """``block`` columns at a time by ``num_warps`` warps, of lanes with at most ``max_registers`` (None: AMD's compiler
+    decides)."""
 
     block: int
     num_warps: int
@@ -29,7 +31,7 @@ class Launch:
         return {"num_warps": self.num_warps, **limit}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lanes_per_warp() -> int:
     """32, or what an AMD GPU says of itself."""
     if torch.version.hip is None or not torch.cuda.is_available():
@@ -38,8 +40,8 @@ def lanes_per_warp() -> int:
 
 
 def max_registers(lanes: int, warp_size: int, programs: int = 1) -> int | None:
-    """Of a lane, so that so many programs share a multiprocessor's 65,536 registers. Left to itself, ptxas gives more to a
-    lane, or spills some to make room for one program more. None: AMD's compiler decides."""
+    """Of a lane, so that so many programs share a multiprocessor's 65,536 registers. Left to itself, ptxas gives more
+    to a lane, or spills some to make room for one program more. None: AMD's compiler decides."""
     return min(255, 65_536 // (programs * lanes)) if warp_size == 32 and torch.version.hip is None else None
 
 

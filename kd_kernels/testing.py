@@ -8,8 +8,8 @@ size, and compared with the error that plain torch makes on the same inputs (:fu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor

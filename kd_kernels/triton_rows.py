@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Stands for "no logit yet": the least number of fp32, so that it is above no logit, and a difference from it is no NaN.
-A logit of just this number, with which models mask, counts as any other."""
+"""Stands for "no logit yet": the least number of fp32, so that it is above no logit, and a difference from it is no
+NaN. A logit of just this number, with which models mask, counts as any other."""
 
 LEAST_KEY = tl.constexpr(-2147483648)
 LARGEST_KEY = tl.constexpr(2147483647)
@@ -29,7 +29,8 @@ def tanh(x):
 
 @triton.jit
 def map_raw(raw, factor, height):
-    """Logits of products that the bias was added to: ``height tanh(factor raw)``, or ``factor raw`` where ``height`` is 0.
+    """Logits of products that the bias was added to: ``height tanh(factor raw)``, or ``factor raw`` where ``height`` is
+    0.
 
     ``factor`` is scale / softcap or scale / T, ``height`` softcap / T.
     """
@@ -50,8 +51,9 @@ def load_logits(raw_ptr, bias_ptr, has_bias, o_v, mask, factor, height):
 
 @triton.jit
 def load_block(raw_ptr, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height):
-    """The same for a walk: -inf past the row's ``n_columns``, but read as far as there is memory. A mask that ends between
-    any two columns would take every load of every block apart; ``n_readable`` is a multiple of 16 where it can be."""
+    """The same for a walk: -inf past the row's ``n_columns``, but read as far as there is memory. A mask that ends
+    between any two columns would take every load of every block apart; ``n_readable`` is a multiple of 16 where it can
+    be."""
     raw = tl.load(raw_ptr + o_v, mask=o_v < n_readable, other=0.0).to(tl.float32)
     if has_bias:
         raw += tl.load(bias_ptr + o_v, mask=o_v < n_columns, other=0.0)

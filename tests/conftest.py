@@ -8,8 +8,11 @@ import sys
 import zlib
 from pathlib import Path
 
-# Read when OpenMP starts, so before torch is imported: threads that spin while they wait slow a shared machine by ten.
+# Read when OpenMP starts, so before torch is imported: threads that spin while they wait slow a shared machine by ten,
+# and the workers of pytest-xdist are one a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -34,16 +37,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter.install()
 
-_did_not_run: collections.Counter[str] = collections.Counter()
+# Skipped tests are counted where they are reported: with pytest-xdist, in the process that starts the workers. What was
+# left out when tests were collected is known to the workers, and the same for each of them.
+_skipped: collections.Counter[str] = collections.Counter()
+_not_collected: collections.Counter[str] = collections.Counter()
 
 
 EVERY = 40
-"""Of the cases that every backend shares, the interpreter (a hundred times slower than a kernel) runs one in so many."""
+"""Of the cases that every backend shares, the interpreter (a hundred times slower than a kernel) runs one in so
+many."""
 
 
 def _thinned(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Cases of backend="triton" that the interpreter leaves out: all but one in EVERY, the first of each test, and the first of
-    each divergence in a file.
+    """Cases of backend="triton" that the interpreter leaves out: all but one in EVERY, the first of each test, and the
+    first of each divergence in a file.
 
     Which, is a hash of the case's name: the same ones every time. KD_INTERPRET_ALL=1 runs all.
     """
@@ -68,7 +75,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("interpret") and not interpreted:
             item.add_marker(pytest.mark.skip(reason="interpret: needs a process of its own, with TRITON_INTERPRET=1"))
     left_out = _thinned(items)
-    _did_not_run[f"triton in the interpreter, where one case in {EVERY} is taken (KD_INTERPRET_ALL=1: all)"] += len(left_out)
+    _not_collected[
+        f"triton in the interpreter, where one case in {EVERY} is taken (KD_INTERPRET_ALL=1: all)"
+    ] += len(left_out)
     items[:] = [item for item in items if item not in left_out]
 
 
@@ -86,24 +95,35 @@ def pytest_runtest_call(item: pytest.Item):
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and not hasattr(report, "wasxfail"):
-        _did_not_run[report.longrepr[2].removeprefix("Skipped: ")] += 1
+        _skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.skipped:
-        _did_not_run[f"all of {report.nodeid}: " + report.longrepr[2].removeprefix("Skipped: ")] += 1
+        _not_collected[f"all of {report.nodeid}: " + report.longrepr[2].removeprefix("Skipped: ")] += 1
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    _did_not_run["deselected on the command line (-m, -k or --deselect)"] += len(items)
+    _not_collected["deselected on the command line (-m, -k or --deselect)"] += len(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session.config.workeroutput["not_collected"] = dict(_not_collected)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """A worker of pytest-xdist is done, or died (then it has nothing to tell, and the run fails)."""
+    if not _not_collected:
+        _not_collected.update(getattr(node, "workeroutput", {}).get("not_collected", {}))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if not _did_not_run:
+    did_not_run = _skipped + _not_collected
+    if not did_not_run:
         terminalreporter.write_line("Every collected test ran.")
-    for reason, count in sorted(_did_not_run.items()):
-        if not count:
-            continue
+    for reason, count in sorted(did_not_run.items()):
         terminalreporter.write_line(f"DID NOT RUN: {count} x {reason}")
 
 
@@ -118,6 +138,12 @@ def bf16_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """As on a CPU without and with bf16 products in hardware: either must be tested on any machine."""
     monkeypatch.setattr("kd_kernels.heads.has_native_bf16_products", lambda: request.param)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a seed of its own depends neither on the tests before it nor on who ran them."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Repairs of Triton's interpreter, for the tests: bf16 is rounded and multiplied as on a GPU; half of the time is saved."""
+"""Repairs of Triton's interpreter, for the tests: bf16 is rounded and multiplied as on a GPU; half of the time is
+saved."""
 
 from __future__ import annotations
 

@@ -2,15 +2,15 @@
 
 A student or teacher is written down once, as one of the small classes below, and gives both the library's noun and the
 oracle's logits. Three runs per comparison: the library; the oracle in float64 (truth); the oracle in float32, rounded
-to the inputs' dtype (yardstick), and with a bf16 gradient of the logits where the library multiplies that. The library passes if its error is at most twice the yardstick's, plus the floor of
-``kd_kernels.testing``.
+to the inputs' dtype (yardstick), and with a bf16 gradient of the logits where the library multiplies that. The library
+passes if its error is at most twice the yardstick's, plus the floor of ``kd_kernels.testing``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import pytest
 import torch
@@ -214,10 +214,11 @@ def smallest_budget(*args, **options) -> int:
 
 
 def plain_logits(student: Student | Ensemble, leaves: dict[str, Tensor]) -> Tensor:
-    """The oracle's logits as plain torch differentiates them: autograd hands the products of a bf16 head a bf16 gradient.
+    """The oracle's logits as plain torch differentiates them: autograd hands the products of a bf16 head a bf16
+    gradient.
 
-    So does the library on some devices (test_native_bf16.py holds on which); where it does not, neither does the yardstick,
-    which keeps fp32 there. An fp16 tile is scaled first, and so costs less than plain torch's.
+    So does the library on some devices (test_native_bf16.py holds on which); where it does not, neither does the
+    yardstick, which keeps fp32 there. An fp16 tile is scaled first, and so costs less than plain torch's.
     """
     if not isinstance(student, Linear):
         return student.oracle(leaves)
@@ -349,22 +350,29 @@ def compare(
 
 
 HALF_PRECISION_ERROR = {torch.bfloat16: 5e-3, torch.float16: 6e-4}
-"""Relative L2 error of a gradient: what rounding the gradient of the logits, and the result, to half precision costs."""
+"""Relative L2 error of a gradient: what rounding the gradient of the logits, and the result, to half precision
+costs."""
 
 
 def compare_on_matrix_units(
     student: Linear, teacher: Teacher, divergence: str, *, reduction: str, backend: str, device: str = "cpu", **options
 ) -> None:
-    """As :func:`compare`; of a half-precision head, the gradients over all rows: their terms are rounded before they cancel."""
+    """As :func:`compare`; of a half-precision head, the gradients over all rows: their terms are rounded before they
+    cancel."""
     dtype, rows = student.weight.dtype, student.hidden.shape[0]
     if dtype == torch.float32:
-        compare(student, teacher, divergence, reduction=reduction, backend=backend, library_only={"device": device}, **options)
+        compare(
+            student, teacher, divergence, reduction=reduction, backend=backend, library_only={"device": device},
+            **options
+        )
         return
     upstream = torch.linspace(0.5, 1.5, rows) if reduction == "none" else None
     given = dict(reduction=reduction, upstream=upstream, **options)
     ours = run_library(student, teacher, divergence, backend=backend, device=device, **given)
     truth = run_oracle(student, teacher, divergence, torch.float64, **given)
-    assert_as_good(ours.loss.reshape(-1, 1), truth.loss.float().reshape(-1, 1), truth.loss.reshape(-1, 1), unit=1.0, what="loss")
+    assert_as_good(
+        ours.loss.reshape(-1, 1), truth.loss.float().reshape(-1, 1), truth.loss.reshape(-1, 1), unit=1.0, what="loss"
+    )
     for name, gradient in ours.gradients.items():
         error = (gradient.double() - truth.gradients[name]).norm() / truth.gradients[name].norm()
         assert error < HALF_PRECISION_ERROR[dtype], f"{name}: {error}"

@@ -127,8 +127,8 @@ def linear(
     valid_vocab: int | None = None,
     gradient_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Logits of a head, with the padding columns cut off. The gradient of the product is rounded to ``gradient_dtype``, as
-    autograd does where half-precision products are widened to fp32 before the loss."""
+    """Logits of a head, with the padding columns cut off. The gradient of the product is rounded to ``gradient_dtype``,
+    as autograd does where half-precision products are widened to fp32 before the loss."""
     product = F.linear(hidden, weight, bias)
     if gradient_dtype is not None and product.requires_grad:
         product.register_hook(lambda gradient: gradient.to(gradient_dtype).to(gradient.dtype))
@@ -139,7 +139,8 @@ def linear(
 
 
 def ensemble(members: list[Tensor], weights: list[float] | Tensor, space: str) -> Tensor:
-    """Logits of several teachers: their mean, or the log of the mean of their probabilities. A tensor has weights for each row."""
+    """Logits of several teachers: their mean, or the log of the mean of their probabilities. A tensor has weights for
+    each row."""
     if isinstance(weights, Tensor):
         weights = [w[..., None] for w in weights.to(members[0].dtype).unbind(-1)]
     total = sum(weights)
@@ -425,7 +426,8 @@ def scores(row: list[float], place: Place, inverse: float, purpose: int) -> list
 
 @dataclass(frozen=True)
 class Draw:
-    """One id, its log-probability, that under the model; and how sure the race was (the lead of its winner, in nats)."""
+    """One id, its log-probability, that under the model; and how sure the race was (the lead of its winner, in
+    nats)."""
 
     id: int
     logprob: float

@@ -20,11 +20,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process, and compiles nothing", allow_module_level=True)
 
-from kd_kernels import EnsembleLogits, LinearLogits, SparseTargets, kd_loss, sample, token_stats, topk_targets
-from kd_kernels import _backend, aot, launches
+from kd_kernels import (
+    EnsembleLogits, LinearLogits, SparseTargets, _backend, aot, kd_loss, launches, sample, sampled_targets, token_stats,
+    topk_targets,
+)
 from kd_kernels.loss import api as loss_api
 from kd_kernels.loss.plan import TAILS
 from kd_kernels.sampling import driver as sampling_driver
+from kd_kernels.sampling import targets as sampled_targets_api
 from kd_kernels.stats import api as stats_api
 from kd_kernels.targets import api as targets_api
 
@@ -154,6 +157,15 @@ def _sample(draw: random.Random, rows: int, columns: int) -> None:
     )
 
 
+def _sampled_targets(draw: random.Random, rows: int, columns: int) -> None:
+    with contextlib.suppress(_Launched):
+        sampled_targets(
+            _student(draw, rows, columns), draw.choice((1, 50, 300)), certain=draw.choice((0, 1, 8, 3000)), seed=0,
+            keys=draw.choice((None, _empty(rows, dtype=torch.int64))),
+            max_scratch_bytes=draw.choice((None, 24 << 20)),
+        )
+
+
 class _Launched(Exception):
     """Everything was launched; what follows would look at the result."""
 
@@ -183,7 +195,7 @@ def _drawn(target: str, calls: int) -> list[launches.Specialisation]:
     with launches.recording(target) as launched:
         for i in range(calls):
             rows, columns = draw.choice((5, 128, 700)), draw.choice((1, 512, 777, 4096, 32_001, 128_256))
-            (_token_stats, _topk_targets, _sample, _kd_loss, _kd_loss)[i % 5](draw, rows, columns)
+            (_token_stats, _topk_targets, _sample, _sampled_targets, _kd_loss, _kd_loss)[i % 6](draw, rows, columns)
     return launched
 
 
@@ -194,14 +206,16 @@ def test_nothing_else_is_launched(target: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # the meta device has no autocast
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: contextlib.nullcontext())
     losses = (loss_api, "_loss"), (loss_api, "_loss_per_token")
-    for owner, op in (*losses, (stats_api, "_token_stats"), (sampling_driver, "_sample")):
+    for owner, op in (*losses, (stats_api, "_token_stats")):
         # On the meta device an op would run its fake, which launches nothing.
         monkeypatch.setattr(owner, op, torch.no_grad()(getattr(owner, op)._init_fn))
 
-    def stop(counts: torch.Tensor) -> None:
+    def stop(counts: torch.Tensor, *others: object) -> None:
         raise _Launched
 
-    monkeypatch.setattr(targets_api, "_check_rows", stop)
+    for owner in (targets_api, sampled_targets_api):
+        monkeypatch.setattr(owner, "_check_rows", stop)
+    monkeypatch.setattr(sampling_driver, "check_values", lambda where, values: None)  # there are none to look at
     known, launched = _values(launches.main_path(target) + launches.rest(target)), _drawn(target, calls=400)
     assert len(set(launched)) > 150
     unknown = _values(launched) - known

@@ -442,8 +442,8 @@ def test_what_fails_is_reported_and_stops_nobody(tmp_path: Path, monkeypatch: py
 
 
 STUDY_RUN = {
-    "method": "kid", "seed": 0, "exact": 0.25, "execution": 0.5, "forward_kl": 1.5, "reverse_kl": 2.5, "agreement": 0.75,
-    "excess_error": 12.0, "tokens_per_s": 99.0, "peak_bytes": 2**20,
+    "method": "kid", "seed": 0, "exact": 0.25, "execution": 0.5, "forward_kl": 1.5, "reverse_kl": 2.5,
+    "agreement": 0.75, "excess_error": 12.0, "tokens_per_s": 99.0, "peak_bytes": 2**20,
 }
 STUDY = {
     "teacher": {"exact": 0.875, "execution": 0.9},
@@ -471,7 +471,8 @@ DROP_IN = {
     "shape": {"rows": 64, "vocab": 100, "hidden": 8, "width": 4},
     "comparisons": {
         "trl_gkd": {
-            "theirs": SIDE, "ours": SIDE | {"p50_ms": 2.0}, "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
+            "theirs": SIDE, "ours": SIDE | {"p50_ms": 2.0},
+            "measured": {"date": "2026-01-01", "commit": "a" * 40, "modified": False},
         },
         "torchtune": {
             "theirs": {"skipped": "no torchtune"}, "ours": SIDE,
@@ -479,6 +480,26 @@ DROP_IN = {
         },
     },
 }
+
+
+MOMENT = {"date": "2026-01-01", "commit": "a" * 40, "modified": False}
+ON_A_CPU = {"machine": {"model": "a CPU", "torch": "2.13.0"}, "moment": MOMENT}
+SAMPLING = ON_A_CPU | {
+    "targets": {"sample": 1.15},
+    "results": {
+        "small, 256 rows": {"product": {"p50_ms": 3.0, "of_product": 1.0}, "sample": {"of_product": 1.04}},
+        "large, 256 rows": {"product": {"p50_ms": 5.0, "of_product": 1.0}, "sample": {"skipped": "no room"}},
+    },
+}
+ROLLOUTS = ON_A_CPU | {"results": {"tiny, 1, greedy": {
+    "tokens_per_s": 900.0, "generate_tokens_per_s": 800.0, "times_as_fast": 1.12, "sampler": 0.2,
+    "theirs_outside_of_the_model": 0.3,
+}}}
+OTHER_FILES = {
+    render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE, render.STUDY: STUDY, render.SAMPLING: SAMPLING,
+    render.ROLLOUTS: ROLLOUTS, render.GPU_SAMPLING: SAMPLING,
+}
+"""Beside those of the comparisons."""
 
 
 def _file_of(results: dict) -> dict[str, dict]:
@@ -502,7 +523,7 @@ MARKERS += "<!-- divergences -->\n<!-- /divergences -->\n<!-- methods -->\n<!-- 
 
 
 def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
-    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE, render.STUDY: STUDY}
+    files = _file_of(results) | OTHER_FILES
     new = render.rendered(MARKERS, _reader(files))
     assert new.startswith("before\n") and new.endswith("after\n") and "old\n" not in new
     assert new.count("between\n") == len(render.BLOCKS)
@@ -521,7 +542,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
 
 
 def test_every_row_of_a_table_has_all_columns(results: dict) -> None:
-    files = _file_of(results) | {render.DEMO: DEMO, render.DROP_IN: DROP_IN, render.CACHE: CACHE, render.STUDY: STUDY}
+    files = _file_of(results) | OTHER_FILES
     for file, content in files.items():
         for block in (block for block in render.BLOCKS.values() if block.file == file):
             text = block.text(_reader({file: content}))
@@ -562,9 +583,9 @@ def test_check_names_what_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:demo -->\n<!-- /bench -->\n<!-- divergences -->\n<!-- /divergences -->\n")
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    monkeypatch.setattr(render, "README", readme)
+    monkeypatch.setattr(render, "PAGES", (readme,))
     assert render.main(["--check"]) == 1
-    assert "stale: demo, divergences" in capsys.readouterr().err
+    assert "README.md is stale: demo, divergences" in capsys.readouterr().err
     assert render.main([]) == 0 and render.main(["--check"]) == 0
 
 
@@ -578,12 +599,12 @@ def test_divergence_table_has_every_divergence_and_its_range() -> None:
         assert line.replace(r"\|", "").count("|") == 6, line
 
 
-def test_readme_shows_the_results() -> None:
-    text = render.README.read_text()
-    assert {m["name"] for m in render.MARKED.finditer(text)} >= set(render.BLOCKS)
-    assert render.rendered(text) == text, "run python -m bench.render"
+def test_pages_show_the_results() -> None:
+    pages = [page.read_text() for page in render.PAGES]
+    assert {m["name"] for text in pages for m in render.MARKED.finditer(text)} >= set(render.BLOCKS)
+    assert all(render.rendered(text) == text for text in pages), "run python -m bench.render"
     if not (render.RESULTS / render.GPU).exists():
-        assert "Not yet measured on a GPU." in text
+        assert "Not yet measured on a GPU." in render.README.read_text()
 
 
 def test_pictures_show_the_results() -> None:

@@ -352,9 +352,18 @@ def test_ensemble_normalises_its_weights() -> None:
         ),
         (ValueError, r"EnsembleLogits: weights must be finite and greater than 0, got 0.0", dict(weights=(0.0,))),
         (TypeError, r"EnsembleLogits: weights must be a number, got str", dict(weights=("1",))),
-        (ValueError, r"EnsembleLogits: weights must be of shape \[2, 1\], got \[2, 3\]", dict(weights=torch.ones(2, 3))),
-        (TypeError, r"EnsembleLogits: weights must be of dtype .*, got torch.int64", dict(weights=torch.ones(2, 1).long())),
-        (ValueError, r"EnsembleLogits: weights must be on cpu, like the rest, got meta", dict(weights=torch.ones(2, 1, device="meta"))),
+        (
+            ValueError, r"EnsembleLogits: weights must be of shape \[2, 1\], got \[2, 3\]",
+            dict(weights=torch.ones(2, 3)),
+        ),
+        (
+            TypeError, r"EnsembleLogits: weights must be of dtype .*, got torch.int64",
+            dict(weights=torch.ones(2, 1).long()),
+        ),
+        (
+            ValueError, r"EnsembleLogits: weights must be on cpu, like the rest, got meta",
+            dict(weights=torch.ones(2, 1, device="meta")),
+        ),
     ],
 )
 def test_ensemble_refuses(error: type[Exception], match: str, arguments: dict) -> None:

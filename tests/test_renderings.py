@@ -1,4 +1,5 @@
-"""One text, three renderings: the C++ header is the one that the generator prints, and Triton's says what torch's says."""
+"""One text, three renderings: the C++ header is the one that the generator prints, and Triton's says what torch's
+says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What every test that runs transformers models shares. Imported by the conftest of each such folder, before transformers is."""
+"""What every test that runs transformers models shares. Imported by the conftest of each such folder, before
+transformers is."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 // What every pass over rows of logits is made of: columns in vectors, logits out of raw products, a thread's memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "kd/simd.h"
@@ -66,6 +67,9 @@ template <class S> int64_t first_index_of(const S* z, S value, int64_t n) {
     if (z[v] == value) return v;
   return -1;
 }
+
+// A thread without a row would only be waited for.
+inline int threads_for(int64_t rows, int threads) { return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(rows, threads))); }
 
 // Memory of one thread, for as long as the pass lasts.
 template <class S> struct Scratch {

@@ -104,7 +104,7 @@ template <class S> class TargetRow {
 };
 
 template <class S> void all_rows(const SampledTargets<S>& job) {
-#pragma omp parallel num_threads(job.threads)
+#pragma omp parallel num_threads(threads_for(job.rows, job.threads))
   {
     Scratch<S> scratch(job.logits.is_plain() ? 0 : job.vocab);
     TargetRow<S> state(job);

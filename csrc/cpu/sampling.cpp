@@ -235,7 +235,7 @@ template <class S> class Row {
 };
 
 template <class S> void all_rows(const Sampling<S>& job) {
-#pragma omp parallel num_threads(job.threads)
+#pragma omp parallel num_threads(threads_for(job.rows, job.threads))
   {
     Scratch<S> scratch(job.logits.is_plain() ? 0 : job.vocab);
     Row<S> state(job);

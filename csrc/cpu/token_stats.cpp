@@ -84,7 +84,7 @@ template <class S> void one_row(const TokenStats<S>& job, int64_t row, S* scratc
 }
 
 template <class S> void all_rows(const TokenStats<S>& job) {
-#pragma omp parallel num_threads(job.threads)
+#pragma omp parallel num_threads(threads_for(job.rows, job.threads))
   {
     Scratch<S> scratch(job.logits.is_plain() ? 0 : job.vocab);
 #pragma omp for schedule(dynamic)

@@ -18,6 +18,6 @@ from kd_kernels.cache.rows import CachedRows
 from kd_kernels.cache.writer import CacheWriter
 
 __all__ = [
-    "CacheError", "CacheManifest", "CacheReader", "CacheWriter", "CachedBatch", "CachedCollator", "CachedDataset", "CachedItem",
-    "CachedRows", "Merged", "content_key", "merge", "recover", "with_mass_one", "writer_name",
+    "CacheError", "CacheManifest", "CacheReader", "CacheWriter", "CachedBatch", "CachedCollator", "CachedDataset",
+    "CachedItem", "CachedRows", "Merged", "content_key", "merge", "recover", "with_mass_one", "writer_name",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ class RowModel:
         ValueError: the payload is no model of such a cache.
         RuntimeError: the extension was not built.
 
-    Cost: 5 KiB a context (about 200 KiB). If the model ranks ids, 1 byte an id of the vocabulary, and 4 more for every thread
-    that decodes at a time (8 where it encodes).
+    Cost: 5 KiB a context (about 200 KiB). If the model ranks ids, 1 byte an id of the vocabulary, and 4 more for every
+    thread that decodes at a time (8 where it encodes).
     """
 
     def __init__(self, payload: bytes | memoryview, manifest: CacheManifest) -> None:
@@ -78,7 +79,8 @@ class RowModel:
         tail = torch.empty(rows) if manifest.tail else None
         weights = torch.empty(entries) if manifest.importance else None
         stored = torch.empty(len(manifest.stored_temperatures), rows)
-        _raise(self._native.decode(payload, entries, _tuple(rows, offsets, ids, logprobs, tail, stored, following, weights)))
+        columns = _tuple(rows, offsets, ids, logprobs, tail, stored, following, weights)
+        _raise(self._native.decode(payload, entries, columns))
         targets = SparseTargets(offsets, ids, logprobs, tail, weights, manifest.temperatures, _log_z(stored, manifest))
         return CachedRows(targets, following)
 
@@ -94,8 +96,8 @@ def learn_model(rows: Sequence[CachedRows], id_counts: Tensor | None, manifest: 
 
     Args:
         rows: as :func:`canonical_rows` gives them.
-        id_counts: int32 ``[V]``: how often each id was kept so far. None: ids are coded as they are, which costs a tenth
-            more, and the model takes a few hundred bytes instead of about 0.3 an id.
+        id_counts: int32 ``[V]``: how often each id was kept so far. None: ids are coded as they are, which costs a
+            tenth more, and the model takes a few hundred bytes instead of about 0.3 an id.
     """
     pairs = [_addresses(part.targets, part.next_logprobs, manifest) for part in rows]
     counts = 0 if id_counts is None else id_counts.data_ptr()
@@ -118,7 +120,8 @@ def _addresses(
     tensors = [
         None if x is None else x.contiguous()
         for x in (
-            targets.offsets, targets.ids, targets.logprobs, targets.tail_logprob, log_z, next_logprobs, targets.importance
+            targets.offsets, targets.ids, targets.logprobs, targets.tail_logprob, log_z, next_logprobs,
+            targets.importance
         )
     ]
     return _tuple(next_logprobs.shape[0], *tensors), tensors
@@ -133,7 +136,9 @@ def _log_z(stored: Tensor, manifest: CacheManifest) -> Tensor:
     if not stored.shape[0]:
         return torch.zeros(stored.shape[1], 1)
     columns = iter(stored)
-    return torch.stack([torch.zeros(stored.shape[1]) if t == 1.0 else next(columns) for t in manifest.temperatures], dim=1)
+    return torch.stack(
+        [torch.zeros(stored.shape[1]) if t == 1.0 else next(columns) for t in manifest.temperatures], dim=1
+    )
 
 
 def _raise(wrong: tuple[str, int, int] | None) -> None:

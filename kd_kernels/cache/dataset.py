@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class CachedItem(NamedTuple):
 
 
 class CachedDataset(Dataset[CachedItem]):
-    """``tokens`` and what the teacher said of them, in the order of ``sequences``; any order, subset and repetition is fine.
+    """``tokens`` and what the teacher said of them, in the order of ``sequences``; any order, subset and repetition is
+    fine.
 
     Pickles as what it was made of, so it works in the workers of a DataLoader, forked or spawned::
 
@@ -51,7 +53,8 @@ class CachedDataset(Dataset[CachedItem]):
         sequences: int64 or int32 ``[L]`` each, L >= 2, as they were given to :meth:`CacheWriter.add`.
         layouts: those of packed sequences, one a sequence; None: none has any.
         required: bool ``[L - 1]`` each: the rows that count, which then must be cached. None: whichever are cached.
-        check: look every sequence up in the index now, so that what is missing is missed before training (some 20 us each).
+        check: look every sequence up in the index now, so that what is missing is missed before training (some 20 us
+            each).
 
     Raises:
         CacheError: a sequence is not in the cache.
@@ -60,7 +63,8 @@ class CachedDataset(Dataset[CachedItem]):
 
     def __init__(
         self, reader: CacheReader, sequences: Sequence[Tensor], *,
-        layouts: Sequence[Sequence[int] | None] | None = None, required: Sequence[Tensor] | None = None, check: bool = True,
+        layouts: Sequence[Sequence[int] | None] | None = None, required: Sequence[Tensor] | None = None,
+        check: bool = True,
     ) -> None:
         for name, given in (("layouts", layouts), ("required", required)):
             if given is not None and len(given) != len(sequences):

@@ -10,18 +10,20 @@ import re
 import struct
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 from kd_kernels import _check
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.manifest import VERSION
 
 __all__ = [
-    "BLOCK_HEAD_BYTES", "Block", "HEADER_BYTES", "IndexEntry", "MAX_BLOCK_ROWS", "MODEL_HEAD_BYTES", "Piece", "ShardHeader",
-    "TRAILER_BYTES", "block_size", "check_writer_name", "decode_block", "decode_index", "decode_model", "decode_trailer",
-    "encode_block", "encode_index", "encode_model", "is_model", "model_size", "shard_name", "unpack_entries",
+    "BLOCK_HEAD_BYTES", "Block", "HEADER_BYTES", "IndexEntry", "MAX_BLOCK_ROWS", "MODEL_HEAD_BYTES", "Piece",
+    "ShardHeader", "TRAILER_BYTES", "block_size", "check_writer_name", "decode_block", "decode_index", "decode_model",
+    "decode_trailer", "encode_block", "encode_index", "encode_model", "is_model", "model_size", "shard_name",
+    "unpack_entries",
 ]
 
 if sys.byteorder != "little":
@@ -134,7 +136,8 @@ class ShardHeader:
 def encode_block(
     seed: int, offset: int, model: int, pieces: Sequence[Piece], payload: bytes, entries: int
 ) -> bytes:
-    """The block that stands at ``offset`` of the shard whose header has the CRC-32 ``seed``; its model is at ``model``."""
+    """The block that stands at ``offset`` of the shard whose header has the CRC-32 ``seed``; its model is at
+    ``model``."""
     fields = _BLOCK.pack(offset, model, len(pieces), len(payload), entries)
     body = b"".join((fields, *(_PIECE.pack(*piece) for piece in pieces), payload))
     return _BLOCK_MAGIC + _CRC.pack(zlib.crc32(body, seed)) + body

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ def content_key(tokens: Tensor, manifest: CacheManifest, layout: Sequence[int] |
 
     Args:
         tokens: int64 or int32 ``[L]``, L >= 2: L tokens have L - 1 rows, and fewer than two have none.
-        manifest: the cache's. Of its fields the teacher, the dtype of its head, the tokenizer, the chat template and the
-            BOS policy enter.
+        manifest: the cache's. Of its fields the teacher, the dtype of its head, the tokenizer, the chat template and
+            the BOS policy enter.
         layout: where the teacher started afresh, as lengths of segments that add up to L (documents of a packed
             sequence that do not see each other). None: one segment.
 

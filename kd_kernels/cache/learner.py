@@ -11,8 +11,8 @@ from kd_kernels.cache.rows import CachedRows
 __all__ = ["ModelLearner"]
 
 LEARN_AT_ROWS = (1, 1 << 10, 1 << 13, 1 << 16, 1 << 19)
-"""A model is learnt when so many rows were seen. On real rows those after the second learn take 7 percent less than those
-before it, those after the third 3 percent less again."""
+"""A model is learnt when so many rows were seen. On real rows those after the second learn take 7 percent less than
+those before it, those after the third 3 percent less again."""
 
 SAMPLE_ENTRIES = 1 << 20
 """Entries that are held for the next model: 12 MB."""

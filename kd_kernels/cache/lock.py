@@ -49,10 +49,10 @@ class WriterLock:
     """Holds a writer's name in a folder until it is closed or the process ends. Makes the folder.
 
     The lock is ``flock`` on ``WRITER.lock``, which the kernel lets go of however a process ends, and which network file
-    systems carry to the other machines (NFS since Linux 2.6.12, CephFS, GPFS, Lustre with ``-o flock``). Mounted with locks
-    that are local (``nolock``, ``local_lock``, ``localflock``) they do not, and nobody can tell. So the file also says which
-    process of which machine holds the name, until that lets go of it in order; and what another machine has not let go of
-    is refused, until somebody who knows that it is dead removes the file.
+    systems carry to the other machines (NFS since Linux 2.6.12, CephFS, GPFS, Lustre with ``-o flock``). Mounted with
+    locks that are local (``nolock``, ``local_lock``, ``localflock``) they do not, and nobody can tell. So the file also
+    says which process of which machine holds the name, until that lets go of it in order; and what another machine has
+    not let go of is refused, until somebody who knows that it is dead removes the file.
 
     Raises:
         NameHeld: another process holds the name.

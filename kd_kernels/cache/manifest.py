@@ -37,8 +37,8 @@ class CacheManifest:
         mass: the mass at which rows were cut short of ``k``, or None.
         temperatures: at which log Z is stored; dimensionless. At T = 1 it is 0 and takes no space.
         step_nats: log-probabilities are stored to the nearest multiple of it within a row, so that none is off by more
-            than ``step_nats / 2`` nats; that of the next token likewise, log Z to ``step_nats / 32`` nats, and the tail's mass
-            and the entries' to a factor of ``exp(step_nats / 8)``. 0: fp32, exact.
+            than ``step_nats / 2`` nats; that of the next token likewise, log Z to ``step_nats / 32`` nats, and the
+            tail's mass and the entries' to a factor of ``exp(step_nats / 8)``. 0: fp32, exact.
         head_dtype: dtype in which the teacher's head computed its logits.
         tie_rule: which of two equal logits comes first.
         chat_template: fingerprint of the template that made texts out of messages; ``"none"`` where texts were read as

@@ -15,16 +15,16 @@ def with_mass_one(targets: SparseTargets) -> SparseTargets:
     """``logprob_j + log((1 - tail) / sum_j exp(logprob_j))``: the entries scaled to the mass that the tail leaves them.
 
     Rounding log-probabilities to a step moves the kept mass of a row by a factor of up to ``exp(step / 2)`` (3 percent
-    at 1/16 nats, 0.3 percent in the mean over real rows). A divergence is 0 at q = p only for masses that add up to one;
-    without this the least loss is the KL of a distribution that nobody can have, and may be negative. The tail is not
-    touched: it is stored more finely than the entries.
+    at 1/16 nats, 0.3 percent in the mean over real rows). A divergence is 0 at q = p only for masses that add up to
+    one; without this the least loss is the KL of a distribution that nobody can have, and may be negative. The tail is
+    not touched: it is stored more finely than the entries.
 
     Args:
         targets: on the CPU.
 
     Returns:
-        The same rows, with a mass of one to the rounding of fp32; rows without entries as they were, and all rows where the
-        tail is not known or entries have weights. Sums are in fp64.
+        The same rows, with a mass of one to the rounding of fp32; rows without entries as they were, and all rows where
+        the tail is not known or entries have weights. Sums are in fp64.
     """
     if targets.tail_logprob is None or targets.importance is not None:
         return targets

@@ -6,8 +6,9 @@ import contextlib
 import itertools
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import NamedTuple
 
 from kd_kernels import _check
 from kd_kernels.cache.catalog import JOURNAL, Sealed, journalled, open_sealed, unsealed
@@ -45,18 +46,18 @@ class Merged(NamedTuple):
 def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Merged:
     """Puts the sequences of several caches into one folder, without reading a row.
 
-    Shards are linked (on another file system: copied and checked) and journalled one by one, never rewritten. So the call can
-    be repeated after it was stopped, and ``out`` may be a cache that exists. Sequences that several folders hold are found
-    once. Where two folders have shards of one name, the later ones get another writer's name, and their journal says what
-    they were called when they were written.
+    Shards are linked (on another file system: copied and checked) and journalled one by one, never rewritten. So the
+    call can be repeated after it was stopped, and ``out`` may be a cache that exists. Sequences that several folders
+    hold are found once. Where two folders have shards of one name, the later ones get another writer's name, and their
+    journal says what they were called when they were written.
 
     Args:
         folders: local paths of caches that are of one identity: everything in their manifests but ``meta``.
         out: local path; made if it is not there, with the first folder's ``meta``.
 
     Raises:
-        CacheError: a folder is no cache, of another identity, damaged, or has shards that are not sealed; ``out`` is being
-            written to under one of the names, or cannot be written.
+        CacheError: a folder is no cache, of another identity, damaged, or has shards that are not sealed; ``out`` is
+            being written to under one of the names, or cannot be written.
         ValueError: no folders, one of them twice or also ``out``, or a URL.
 
     Cost: no space, or that of the copies; two syncs a shard.
@@ -67,7 +68,9 @@ def merge(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
             _check.fail(where, name, "local paths", repr(value), "copy the folder first")
     paths, out = [Path(folder) for folder in folders], Path(out)
     if not paths or len({path.resolve() for path in (*paths, out)}) <= len(paths):
-        _check.fail(where, "folders", "at least one, all different from each other and from out", [str(p) for p in paths])
+        _check.fail(
+            where, "folders", "at least one, all different from each other and from out", [str(p) for p in paths]
+        )
     sources = [LocalFolder(path) for path in paths]
     manifest, shards = _sealed_shards(sources)
     digest = _make(out, manifest)
@@ -138,7 +141,8 @@ class _Names:
         self._locks: dict[str, WriterLock] = {}
 
     def take(self, folder: Path, sealed: Sealed) -> str:
-        """The shard's name if it is free, else that of the same number under the next free of ``WRITER_2, WRITER_3, ...``."""
+        """The shard's name if it is free, else that of the same number under the next free of
+        ``WRITER_2, WRITER_3, ...``."""
         for again in itertools.count(1):
             suffix = f"_{again}"
             writer = sealed.writer if again == 1 else sealed.header.writer[: 24 - len(suffix)] + suffix

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Iterable, Iterator, TypeVar
+from typing import TypeVar
 
 __all__ = ["ahead_of"]
 
@@ -12,7 +13,8 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def ahead_of(work: Callable[[Item], Result], items: Iterable[Item], threads: int, depth: int) -> Iterator[Result]:
-    """``map(work, items)``, with up to ``depth`` items begun and not yet taken. An error is raised in its item's place."""
+    """``map(work, items)``, with up to ``depth`` items begun and not yet taken. An error is raised in its item's
+    place."""
     with ThreadPoolExecutor(threads, thread_name_prefix="kd-cache") as pool:
         begun: collections.deque[Future[Result]] = collections.deque()
         try:

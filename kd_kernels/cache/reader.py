@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,21 +40,22 @@ class CacheReader:
     header and index of every shard; blocks are read, checked and decoded when they are asked for. Threads can share a
     reader, and it can be pickled to worker processes or inherited by them: they share nothing but the files.
 
-    :meth:`lookup` and :meth:`read` give rows as they are stored, :meth:`targets` and :meth:`batch` rows to train from, of
-    mass one. The difference: rounding log-probabilities (``manifest.step_nats > 0``) moves the mass of a row's entries,
-    by 0.3 percent in the mean over real rows at 1/16 nats and by 3 percent at most. A divergence is 0 at q = p only for
-    masses that add up to one. So the entries are scaled to the mass that the tail leaves them, which moves none by more
-    than half a step. Rows of fp32 (``step_nats = 0``), rows without a tail and sampled rows are as they are stored.
+    :meth:`lookup` and :meth:`read` give rows as they are stored, :meth:`targets` and :meth:`batch` rows to train from,
+    of mass one. The difference: rounding log-probabilities (``manifest.step_nats > 0``) moves the mass of a row's
+    entries, by 0.3 percent in the mean over real rows at 1/16 nats and by 3 percent at most. A divergence is 0 at q = p
+    only for masses that add up to one. So the entries are scaled to the mass that the tail leaves them, which moves
+    none by more than half a step. Rows of fp32 (``step_nats = 0``), rows without a tail and sampled rows are as they
+    are stored.
 
     Args:
-        folder: where :class:`CacheWriter` wrote: a local path, whose files are memory-mapped, or a URL that fsspec opens
-            (``s3://...``, ``hf://...``, ``memory://...``), which is read by ranges.
+        folder: where :class:`CacheWriter` wrote: a local path, whose files are memory-mapped, or a URL that fsspec
+            opens (``s3://...``, ``hf://...``, ``memory://...``), which is read by ranges.
         teacher, tokenizer, chat_template, bos_policy: what the manifest must say; None takes any.
         storage_options: of the URL's file system: credentials, an endpoint. Pickled with the reader.
 
     Raises:
-        CacheError: the folder is no cache, belongs to another teacher or was read in another way, or a file is missing or
-            damaged.
+        CacheError: the folder is no cache, belongs to another teacher or was read in another way, or a file is missing
+            or damaged.
         RuntimeError: a URL, and fsspec is not installed.
 
     Cost: 48 bytes of memory a sequence; opening, 4 reads a shard.
@@ -195,7 +197,8 @@ class CacheReader:
             self._shard(number).check(self.manifest, progress)
 
     def stream_bytes(self) -> dict[str, int]:
-        """Bytes by what they hold (ids, logprobs, tail, ...), over all shards; they add up to :attr:`bytes`. Reads every block.
+        """Bytes by what they hold (ids, logprobs, tail, ...), over all shards; they add up to :attr:`bytes`. Reads
+        every block.
 
         Raises:
             CacheError: a block is damaged.

@@ -57,9 +57,9 @@ def recover_writer(folder: Path, writer: str, digest: bytes) -> tuple[int, list[
 def recover(folder: str | os.PathLike[str]) -> list[str]:
     """Makes readable what writers left unsealed that are no more, whatever their names: after a job that died.
 
-    A writer does that for its own name when it is opened. This is for names that will not come again: before a job goes on
-    with another number of processes or on other machines, so that nothing is computed twice. Names that a running process
-    holds are left to it.
+    A writer does that for its own name when it is opened. This is for names that will not come again: before a job goes
+    on with another number of processes or on other machines, so that nothing is computed twice. Names that a running
+    process holds are left to it.
 
     Args:
         folder: a local path.
@@ -68,8 +68,9 @@ def recover(folder: str | os.PathLike[str]) -> list[str]:
         Names of the shards that readers see from now on.
 
     Raises:
-        CacheError: the folder is no cache, a file is damaged in a way that no crash explains, the disk fails; or a process of
-            another machine did not let go of its name (see ``WriterLock``): raised after the other names are done.
+        CacheError: the folder is no cache, a file is damaged in a way that no crash explains, the disk fails; or a
+            process of another machine did not let go of its name (see ``WriterLock``): raised after the other names are
+            done.
     """
     folder = Path(folder)
     source = LocalFolder(folder)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class CachedRows:
     """The rows of one sequence, as the cache gives them back.
 
     Attributes:
-        targets: N = L - 1 rows, entries in descending order; of those that rounding made equal, the teacher's first choice
-            comes first and then the lower id. A row that is not cached has no entries: all of its mass
+        targets: N = L - 1 rows, entries in descending order; of those that rounding made equal, the teacher's first
+            choice comes first and then the lower id. A row that is not cached has no entries: all of its mass
             is tail (``tail_logprob`` 0), and its log Z is NaN.
         next_logprobs: fp32 ``[N]``, nats: the teacher's log-probability of the token that follows. NaN where not known.
     """
@@ -207,7 +207,8 @@ def _sorted(targets: SparseTargets, row: Tensor) -> SparseTargets:
 def _next_logprobs(
     where: str, next_tokens: Tensor, targets: SparseTargets, row: Tensor, given: Tensor | None, manifest: CacheManifest
 ) -> Tensor:
-    """fp32, one a row: the next token's entry if there is one (so that it is stored once), else what the caller gave."""
+    """fp32, one a row: the next token's entry if there is one (so that it is stored once), else what the caller
+    gave."""
     is_next = targets.ids == next_tokens[row]
     kept = torch.full(next_tokens.shape, math.nan).index_copy_(0, row[is_next], targets.logprobs[is_next])
     if given is None:

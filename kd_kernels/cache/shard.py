@@ -7,14 +7,14 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kd_kernels.cache.codec import RowModel, row_model
 from kd_kernels.cache.errors import CacheError
 from kd_kernels.cache.format import (
     BLOCK_HEAD_BYTES, HEADER_BYTES, MODEL_HEAD_BYTES, TRAILER_BYTES, Block, IndexEntry, Piece, ShardHeader, block_size,
-    decode_block, decode_index, decode_model, decode_trailer, encode_block, encode_index, encode_model, is_model, model_size,
-    unpack_entries,
+    decode_block, decode_index, decode_model, decode_trailer, encode_block, encode_index, encode_model, is_model,
+    model_size, unpack_entries,
 )
 from kd_kernels.cache.manifest import CacheManifest
 from kd_kernels.cache.rows import CachedRows
@@ -103,8 +103,8 @@ class Shard:
     def stream_bytes(self, manifest: CacheManifest) -> Counter[str]:
         """What each stream of the rows takes of a sealed shard, and what stands around them; the sum is its size.
 
-        Reads and decodes every block. Rows share the words of a code, so that their parts are fractions of a byte, rounded
-        down to whole ones for the shard; what that leaves counts as heads of blocks.
+        Reads and decodes every block. Rows share the words of a code, so that their parts are fractions of a byte,
+        rounded down to whole ones for the shard; what that leaves counts as heads of blocks.
         """
         _, _, stop = self.index()
         bits: Counter[str] = Counter()
@@ -229,7 +229,8 @@ class ShardBuilder:
         if size > HEADER_BYTES:
             shard = Shard(path, header)
             try:
-                for end, whole in shard.sequences(size):
+                for reached, whole in shard.sequences(size):
+                    end = reached
                     entries += whole
             except CacheError as torn:
                 _log.warning("%s: %d bytes after the last whole sequence are dropped (%s)", path, size - end, torn)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Iterator, Sequence
 
 from torch import Tensor
 
@@ -45,8 +45,8 @@ class CacheWriter:
     Args:
         folder: made if it is not there.
         manifest: compared with the folder's, if it has one.
-        writer: prefix of the files that this writer owns: 1 to 24 of A-Z a-z 0-9 _. :func:`writer_name` makes one that no
-            other process of a job has.
+        writer: prefix of the files that this writer owns: 1 to 24 of A-Z a-z 0-9 _. :func:`writer_name` makes one that
+            no other process of a job has.
         rows_per_shard: a shard is sealed when it has this many rows (2^20 rows of k = 64 take about 115 MB).
         rows_per_block: rows that are compressed together, 1..256. Short sequences share a block; a longer one has
             blocks of its own.

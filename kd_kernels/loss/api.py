@@ -56,8 +56,8 @@ def kd_loss(
     """Distillation loss of a student against a teacher, without ever holding ``[N, V]`` logits.
 
     Row i costs ``w_i (kd_weight T'^2 D(p_i, q_i) + ce_weight CE_i)``, with p_i and q_i the teacher's and the student's
-    distributions at ``temperature``, ``T' = temperature`` if ``squared_temperature`` else 1, and CE_i the cross-entropy of
-    ``labels[i]`` under the student at temperature 1. The mean divides by ``normalizer``, or by ``sum w_i``.
+    distributions at ``temperature``, ``T' = temperature`` if ``squared_temperature`` else 1, and CE_i the cross-entropy
+    of ``labels[i]`` under the student at temperature 1. The mean divides by ``normalizer``, or by ``sum w_i``.
 
     Equivalent to, with D the forward KL::
 
@@ -66,13 +66,13 @@ def kd_loss(
         loss = (p.exp() * (p - q)).sum(-1).mean()
 
     Args:
-        student: logits ``[..., V]`` or :class:`LinearLogits`; fp32, bf16, fp16 or fp64. Rows are everything but the last
-            dimension, N in all.
+        student: logits ``[..., V]`` or :class:`LinearLogits`; fp32, bf16, fp16 or fp64. Rows are everything but the
+            last dimension, N in all.
         teacher: a dense noun with as many rows, or :class:`SparseTargets` of N rows. Never differentiated. None with
             ``kd_weight=0``: cross-entropy alone.
         divergence: a :class:`Divergence` or its string form, ``"jsd(beta=0.5)"``.
-        labels: int64 or int32, the rows' shape, *not* shifted: ``labels[i]`` is the token that row i predicts. Rows with
-            ``ignore_index`` do not count. Their range is checked where they are used (``ce_weight`` or ``stats``).
+        labels: int64 or int32, the rows' shape, *not* shifted: ``labels[i]`` is the token that row i predicts. Rows
+            with ``ignore_index`` do not count. Their range is checked where they are used (``ce_weight`` or ``stats``).
         ce_weight, kd_weight: weights of the two terms; at least 0.
         temperature: > 0. Sparse targets must declare it.
         squared_temperature: multiply D by T^2, so that its gradient keeps its size as T grows (Hinton et al. 2015).
@@ -82,10 +82,10 @@ def kd_loss(
         reduction: "mean", "sum" or "none" (per row, times its weight).
         ignore_index: the label of rows that do not count.
         tail: how a sparse teacher's missing mass is treated. These are different objectives with different optima:
-            "bucket" adds one event with the masses that both leave out (optimum: head and tail mass of the teacher; never
-            above the full divergence); "renormalize" compares shapes over the kept ids (the student's mass elsewhere is
-            free); "drop" sums over the kept ids as they are (for forward KL the optimum is over-confident, p / sum p).
-            Importance-weighted targets need no treatment and get none.
+            "bucket" adds one event with the masses that both leave out (optimum: head and tail mass of the teacher;
+            never above the full divergence); "renormalize" compares shapes over the kept ids (the student's mass
+            elsewhere is free); "drop" sums over the kept ids as they are (for forward KL the optimum is over-confident,
+            p / sum p). Importance-weighted targets need no treatment and get none.
         stats: names among ``divergence, student_entropy, teacher_entropy, agreement, captured_mass, label_logprob,
             teacher_label_logprob, student_top1, teacher_top1, student_confidence, teacher_confidence``, from the same
             pass. At ``temperature``, but for ``label_logprob`` (temperature 1). fp32, nats, NaN at ignored rows;
@@ -93,33 +93,38 @@ def kd_loss(
             ``teacher_label_logprob`` is NaN where the label is not kept.
         rows: int64 indices, distinct, of the rows that count, known on the host: the others are dropped before the
             products without a synchronisation.
-        compact: drop ignored rows before the products. None: where that needs no synchronisation (CPU; or ``rows`` given).
+        compact: drop ignored rows before the products. None: where that needs no synchronisation (CPU; or ``rows``
+            given).
         group: vocabulary-parallel heads; not in this version.
         logits_dtype: None for fp32-grade logits. "input" rounds them to the head's dtype: cheaper where the hardware
             multiplies bf16, and wrong by 3 to 30 percent in the gradient as the student gets good.
         max_scratch_bytes: bound on temporary memory, beside gradients, the fp32 sum of the gradient of a half-precision
             head in several chunks (4 V H bytes), and what a BLAS keeps for itself (on a CPU some MiB a thread). None:
             256 MiB on a CPU, 1,400 MiB elsewhere.
-        backend: "cpp" (CPU), "triton" (CUDA from sm_80 on, ROCm; no fp64), "reference" (torch operations, any device), or
+        backend: "cpp" (CPU), "triton" (CUDA from sm_80 on, ROCm; no fp64), "reference" (torch operations, any device),
+            or
             None: by device; a divergence of the user's own runs on "reference".
 
     Returns:
         :class:`KDLoss`. With no row that counts the loss is 0 and so are the gradients.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; on a CPU also for NaN or +inf logits, all -inf rows, labels or
-            ids out of range, masses above 1. On a GPU nothing is read back: such rows have a loss and a gradient of NaN.
+        TypeError, ValueError: an argument is not as above; on a CPU also for NaN or +inf logits, all -inf rows, labels
+            or ids out of range, masses above 1. On a GPU nothing is read back: such rows have a loss and a gradient of
+            NaN.
         RuntimeError: the backend does not exist here; ``compact=True`` without ``rows`` while a CUDA graph is captured.
         torch.OutOfMemoryError: with the scratch budget that was in force.
 
-    Numerics: logits, sums and the divergence in fp32 or better, products never rounded to half precision; the gradient of
-    the head is summed in fp32. On a GPU the gradient of a chunk of logits is handed to its products in the dtype of the head. -inf logits are masked columns. Deterministic. A forward KL from a teacher with mass where
-    the student's logit is -inf is inf; so is a reverse KL the other way round.
+    Numerics: logits, sums and the divergence in fp32 or better, products never rounded to half precision; the gradient
+    of the head is summed in fp32. On a GPU the gradient of a chunk of logits is handed to its products in the dtype of
+    the head. -inf logits are masked columns. Deterministic. A forward KL from a teacher with mass where the student's
+    logit is -inf is inf; so is a reverse KL the other way round.
 
     Cost: with mean and sum the gradient is formed in the forward pass (6 N Hs V + 2 N Ht V operations, nothing computed
-    twice); "none" computes the student's logits again in the backward. Memory: scratch and gradients; an upstream gradient
-    other than 1 (``(loss / 4).backward()``) costs a scaled copy of them on a CPU and a pass over them on a GPU, which
-    ``normalizer`` and the weights spare. No synchronisation on a GPU, but for ``compact=True``; CUDA graphs can capture it.
+    twice); "none" computes the student's logits again in the backward. Memory: scratch and gradients; an upstream
+    gradient other than 1 (``(loss / 4).backward()``) costs a scaled copy of them on a CPU and a pass over them on a
+    GPU, which ``normalizer`` and the weights spare. No synchronisation on a GPU, but for ``compact=True``; CUDA graphs
+    can capture it.
     """
     student_noun = student if isinstance(student, LinearLogits) else _check.floating(WHERE, "student", student)
     if isinstance(student_noun, Tensor) and student_noun.dim() < 1:
@@ -140,7 +145,9 @@ def kd_loss(
     if isinstance(teacher, Tensor):
         _check.floating(WHERE, "teacher", teacher)
     elif not isinstance(teacher, (LinearLogits, EnsembleLogits, SparseTargets, type(None))):
-        _check.fail_type(WHERE, "teacher", "a tensor, LinearLogits, EnsembleLogits or SparseTargets", type(teacher).__name__)
+        _check.fail_type(
+            WHERE, "teacher", "a tensor, LinearLogits, EnsembleLogits or SparseTargets", type(teacher).__name__
+        )
     if teacher is not None:
         _check.same_device(WHERE, "teacher", teacher, device)  # type: ignore[arg-type]
         if leading_shape(teacher).numel() != count:
@@ -184,7 +191,9 @@ def kd_loss(
         backend = "reference"
     backend = _backend.choose(WHERE, backend, device, tuple(driver.ROW_IMPLEMENTATIONS))
     if backend != "reference" and not is_builtin:
-        raise RuntimeError(_check.complaint(WHERE, "divergence", f'built in for backend="{backend}"', name, "leave backend=None"))
+        raise RuntimeError(
+            _check.complaint(WHERE, "divergence", f'built in for backend="{backend}"', name, "leave backend=None")
+        )
 
     student_tensors, student_description = pack(student_noun)
     teacher_tensors, teacher_description = pack(teacher)
@@ -196,8 +205,8 @@ def kd_loss(
         where=WHERE, student=student_description, teacher=teacher_description, columns=columns,
         needs_grad=tuple(t.requires_grad and torch.is_grad_enabled() for t in student_tensors),
         row_inputs=tuple(given), divergence=name, temperature=float(temperature),
-        kd_weight=float(kd_weight) * (float(temperature) ** 2 if squared_temperature else 1.0), ce_weight=float(ce_weight),
-        tail=tail, reduction=reduction, ignore_index=ignore_index, stats=tuple(stats),
+        kd_weight=float(kd_weight) * (float(temperature) ** 2 if squared_temperature else 1.0),
+        ce_weight=float(ce_weight), tail=tail, reduction=reduction, ignore_index=ignore_index, stats=tuple(stats),
         compact=(device.type == "cpu" or rows is not None) if compact is None else compact,
         precision="float32" if logits_dtype is None else "input",
         autocast="" if autocast is None else str(autocast).removeprefix("torch."),
@@ -229,7 +238,9 @@ def _check_scalars(
         _check.fail(WHERE, "normalizer", 'None unless reduction="mean"', f'given with reduction="{reduction}"')
     if group is not None:
         _check.fail(WHERE, "group", "None", group, "vocabulary-parallel heads are not in this version")
-    if max_scratch_bytes is not None and (isinstance(max_scratch_bytes, bool) or not isinstance(max_scratch_bytes, int)):
+    if max_scratch_bytes is not None and (
+        isinstance(max_scratch_bytes, bool) or not isinstance(max_scratch_bytes, int)
+    ):
         _check.fail_type(WHERE, "max_scratch_bytes", "a number of bytes (int)", type(max_scratch_bytes).__name__)
 
 
@@ -267,8 +278,8 @@ def _common_vocab(student: Tensor | LinearLogits, teacher: Targets | None) -> in
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Registration. One op for mean and sum, whose gradients are outputs that its backward only scales; one for "none", whose
-# backward is a second pass with the upstream gradient as weights.
+# Registration. One op for mean and sum, whose gradients are outputs that its backward only scales; one for "none",
+# whose backward is a second pass with the upstream gradient as weights.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -341,8 +352,8 @@ def _refuse_second_derivatives() -> None:
 
 
 def _may_scale_in_place(plan: Plan, scale: Tensor) -> bool:
-    """On a GPU nobody reads the scale: a kernel multiplies by it, or returns at once where it is 1. The gradients that were kept
-    are nobody else's, unless the graph is kept for another backward."""
+    """On a GPU nobody reads the scale: a kernel multiplies by it, or returns at once where it is 1. The gradients that
+    were kept are nobody else's, unless the graph is kept for another backward."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return type(scale) is Tensor and scale.device.type == "cuda" and plan.backend == "triton" and not keeps_graph()
 
@@ -368,7 +379,9 @@ _loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
 @torch.library.custom_op("kd_kernels::loss_per_token", mutates_args=())
-def _loss_per_token(student: list[Tensor], teacher: list[Tensor], row_inputs: list[Tensor], plan_text: str) -> list[Tensor]:
+def _loss_per_token(
+    student: list[Tensor], teacher: list[Tensor], row_inputs: list[Tensor], plan_text: str
+) -> list[Tensor]:
     """``[loss [N], *stats]``."""
     outcome = _run(student, teacher, row_inputs, read(plan_text), with_gradient=False)
     return [outcome.loss.to(_loss_dtype(student, teacher)), *outcome.stats]
@@ -392,7 +405,9 @@ def _loss_per_token_backward(
 
 
 @_loss_per_token_backward.register_fake
-def _(upstream: Tensor, student: list[Tensor], teacher: list[Tensor], row_inputs: list[Tensor], plan_text: str) -> list[Tensor]:
+def _(
+    upstream: Tensor, student: list[Tensor], teacher: list[Tensor], row_inputs: list[Tensor], plan_text: str
+) -> list[Tensor]:
     return _fake_gradients(student, read(plan_text))
 
 

@@ -9,7 +9,6 @@ from kd_kernels._backend import extension
 from kd_kernels.loss.plan import STATS, TAILS, RowJob, Rows
 from kd_kernels.products import RawRows, SparseRows
 
-
 NATIVE = False
 
 
@@ -60,8 +59,8 @@ def _job(
     status = torch.empty(rows, dtype=torch.int32)
     call = extension().Job(
         rows=rows, vocab=columns, student=student.addresses(), formula=job.divergence.kernel,
-        params=list(job.divergence.values), temperature=job.temperature, kd_weight=job.kd_weight, ce_weight=job.ce_weight,
-        labels=0 if labels is None else labels.data_ptr(), weight=weight.data_ptr(),
+        params=list(job.divergence.values), temperature=job.temperature, kd_weight=job.kd_weight,
+        ce_weight=job.ce_weight, labels=0 if labels is None else labels.data_ptr(), weight=weight.data_ptr(),
         gradient=0 if gradient is None else gradient.data_ptr(), gradient_is_bf16=is_bf16,
         gradient_stride=0 if gradient is None else gradient.stride(0), loss=loss.data_ptr(),
         stats=0 if stats is None else stats.data_ptr(), status=status.data_ptr(), threads=torch.get_num_threads(),

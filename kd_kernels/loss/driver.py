@@ -1,8 +1,8 @@
 """One pass over the rows: products, row pass, gradient products, chunk by chunk under the scratch budget.
 
-The gradient of a chunk is formed while its logits are still there, so a dense teacher costs 6 N Hs V + 2 N Ht V operations
-and a sparse one 6 N Hs V: the minimum. The same pass serves the forward (weights known before it) and, given the upstream
-gradient of each token as weights, the backward of ``reduction="none"``.
+The gradient of a chunk is formed while its logits are still there, so a dense teacher costs 6 N Hs V + 2 N Ht V
+operations and a sparse one 6 N Hs V: the minimum. The same pass serves the forward (weights known before it) and, given
+the upstream gradient of each token as weights, the backward of ``reduction="none"``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ROW_IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "t
 """By backend, the module with its ``dense_rows`` and ``sparse_rows``; imported when the backend first runs."""
 
 FP16_HEADROOM = 64.0
-"""A gradient tile in fp16 is written for rows of this weight: entries down to 1e-6 of a row then keep their precision, and the
-largest, a few units, stay far from 65,504."""
+"""A gradient tile in fp16 is written for rows of this weight: entries down to 1e-6 of a row then keep their precision,
+and the largest, a few units, stay far from 65,504."""
 
 
 def row_implementation(backend: str) -> ModuleType:
@@ -37,7 +37,8 @@ def row_implementation(backend: str) -> ModuleType:
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the gradient of a tensor is kept in until its backward: fp16 has no room before the loss scale is applied."""
+    """What the gradient of a tensor is kept in until its backward: fp16 has no room before the loss scale is
+    applied."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -53,7 +54,8 @@ class RowInputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``loss`` is fp64: a scalar (mean, sum) or ``[N]``; ``stats`` one ``[N]`` a name; ``gradients`` one for each True in needs_grad."""
+    """``loss`` is fp64: a scalar (mean, sum) or ``[N]``; ``stats`` one ``[N]`` a name; ``gradients`` one for each True
+    in needs_grad."""
 
     loss: Tensor
     stats: list[Tensor]
@@ -61,13 +63,16 @@ class Outcome:
 
 
 class LinearGradient:
-    """Gradients of a head's inputs, accumulated over chunks: ``d hidden = G W``, ``d weight = G^T hidden``, ``d bias = sum G``.
+    """Gradients of a head's inputs, accumulated over chunks: ``d hidden = G W``, ``d weight = G^T hidden``,
+    ``d bias = sum G``.
 
-    ``d weight`` is summed in the work dtype. Where the head has another dtype and there is more than one chunk, that sum
-    is a tensor of its own, ``V H`` elements, beside the scratch budget.
+    ``d weight`` is summed in the work dtype. Where the head has another dtype and there is more than one chunk, that
+    sum is a tensor of its own, ``V H`` elements, beside the scratch budget.
     """
 
-    def __init__(self, products: LinearSource, needs_grad: tuple[bool, ...], chunks: int, weight_of_row: Tensor) -> None:
+    def __init__(
+        self, products: LinearSource, needs_grad: tuple[bool, ...], chunks: int, weight_of_row: Tensor
+    ) -> None:
         self.products, self.head = products, products.head
         linear = products.linear
         needs_hidden, needs_weight, needs_bias = (*needs_grad, False)[:3]
@@ -76,7 +81,9 @@ class LinearGradient:
         self.weight: Tensor | None = None
         if needs_weight:
             self.weight = new_memory(*linear.weight.shape, dtype=self.head.weight_total(chunks), device=linear.device)
-        self.bias = torch.zeros(linear.weight.shape[0], dtype=products.dtype, device=linear.device) if needs_bias else None
+        self.bias = torch.zeros(
+            linear.weight.shape[0], dtype=products.dtype, device=linear.device
+        ) if needs_bias else None
         self.is_first = True
         self.unit: Tensor | None = None
         if self.head.tile_dtype == torch.float16 and weight_of_row.numel():
@@ -114,7 +121,8 @@ class LinearGradient:
 
 
 class TensorGradient:
-    """Gradient of logits that the caller has, in their dtype: written there at once where the row pass can, else by chunk."""
+    """Gradient of logits that the caller has, in their dtype: written there at once where the row pass can, else by
+    chunk."""
 
     def __init__(self, products: TensorSource, shape: torch.Size, dtype: torch.dtype, columns: int) -> None:
         self.products, self.is_direct = products, not products.copies
@@ -178,7 +186,8 @@ def run(
 
 
 def _run(
-    plan: Plan, student: Targets, teacher: Targets | None, inputs: RowInputs, with_gradient: bool, upstream: Tensor | None
+    plan: Plan, student: Targets, teacher: Targets | None, inputs: RowInputs, with_gradient: bool,
+    upstream: Tensor | None
 ) -> Outcome:
     device, columns = student.device, plan.columns
     is_sparse = teacher is None or isinstance(teacher, SparseTargets)
@@ -197,7 +206,8 @@ def _run(
         rows = inputs.rows[weight[inputs.rows] != 0] if device.type == "cpu" else inputs.rows
     elif plan.compact:
         _backend.check_not_capturing(
-            plan.where, "compact", "None or False", True, "pass the rows that count as rows=, or let the others be masked"
+            plan.where, "compact", "None or False", True,
+            "pass the rows that count as rows=, or let the others be masked"
         )
         counting = weight.nonzero()[:, 0]
         rows = counting if counting.shape[0] < count else None
@@ -211,7 +221,9 @@ def _run(
     implementation = row_implementation(plan.backend)
     # Rows that the pass works on in place, or whose place their gradient takes, are not the caller's own.
     writable = is_sparse if implementation.NATIVE else with_gradient
-    options = dict(columns=columns, precision=plan.precision, autocast=plan.autocast_dtype, native=implementation.NATIVE)
+    options = dict(
+        columns=columns, precision=plan.precision, autocast=plan.autocast_dtype, native=implementation.NATIVE
+    )
     student_rows = source(student, rows, dtype, writable=writable, **options)
     if is_sparse:
         if device.type == "cpu":
@@ -229,9 +241,11 @@ def _run(
 
     sink: LinearGradient | TensorGradient | None = None
     if with_gradient and isinstance(student, LinearLogits):
-        sink = LinearGradient(student_rows, plan.needs_grad, -(-chosen // step), weight_of_row)  # type: ignore[arg-type]
+        chunks = -(-chosen // step)
+        sink = LinearGradient(student_rows, plan.needs_grad, chunks, weight_of_row)  # type: ignore[arg-type]
     elif with_gradient:
-        sink = TensorGradient(student_rows, student.shape, gradient_dtype(student.dtype), columns)  # type: ignore[arg-type]
+        dtype = gradient_dtype(student.dtype)
+        sink = TensorGradient(student_rows, student.shape, dtype, columns)  # type: ignore[arg-type]
     for each in (student_rows, teacher_rows):
         each.open(min(step, max(chosen, 1)))
     job, want_stats = plan.job(), bool(plan.stats)
@@ -243,8 +257,8 @@ def _run(
         here = student_rows.chunk(begin, end)
         gradient = None if sink is None else sink.tile(here.raw, begin, end)
         loss, row_stats, status = row_pass(
-            here, teacher_rows.chunk(begin, end), job, None if labels is None else labels[begin:end], row_scale[begin:end],
-            gradient, want_stats,
+            here, teacher_rows.chunk(begin, end), job, None if labels is None else labels[begin:end],
+            row_scale[begin:end], gradient, want_stats,
         )
         if device.type == "cpu" and bool(status.any()):
             _complain(plan.where, status, rows, begin, columns)
@@ -266,8 +280,8 @@ def _run(
 
 
 def check_gradient_fits(plan: Plan, student: LinearLogits | Tensor, rows: Source) -> None:
-    """Raise where the backward of a loss without a dense teacher would find ``max_scratch_bytes`` too small. It works in
-    a copy of logits that the forward, from ``rows``, only reads."""
+    """Raise where the backward of a loss without a dense teacher would find ``max_scratch_bytes`` too small. It works
+    in a copy of logits that the forward, from ``rows``, only reads."""
     dtype = work_dtype(*tensors_of(student))
     if isinstance(student, Tensor):
         rows = source(student, None, dtype, columns=plan.columns, writable=True)
@@ -318,5 +332,8 @@ def _named_stats(plan: Plan, stats: Tensor | None) -> list[Tensor]:
         return []
     columns = [stats[:, STATS.index(name)] for name in plan.stats]
     return [
-        torch.where(c.isnan(), -1.0, c).long() if name in ID_STATS else c.float() for name, c in zip(plan.stats, columns)
+        torch.where(c.isnan(), -1.0, c).long() if name in ID_STATS else c.float() for name, c in zip(
+            plan.stats,
+            columns,
+        )
     ]

@@ -75,10 +75,10 @@ class Plan:
     def text(self) -> str:
         """A Python literal of the fields."""
         return (
-            f"({self.where!r}, {self.student!r}, {self.teacher!r}, {self.columns!r}, {self.needs_grad!r}, {self.row_inputs!r}, "
-            f"{self.divergence!r}, {self.temperature!r}, {self.kd_weight!r}, {self.ce_weight!r}, {self.tail!r}, "
-            f"{self.reduction!r}, {self.ignore_index!r}, {self.stats!r}, {self.compact!r}, {self.precision!r}, "
-            f"{self.autocast!r}, {self.max_scratch_bytes!r}, {self.backend!r})"
+            f"({self.where!r}, {self.student!r}, {self.teacher!r}, {self.columns!r}, {self.needs_grad!r}, "
+            f"{self.row_inputs!r}, {self.divergence!r}, {self.temperature!r}, {self.kd_weight!r}, {self.ce_weight!r}, "
+            f"{self.tail!r}, {self.reduction!r}, {self.ignore_index!r}, {self.stats!r}, {self.compact!r}, "
+            f"{self.precision!r}, {self.autocast!r}, {self.max_scratch_bytes!r}, {self.backend!r})"
         )
 
     def job(self) -> RowJob:
@@ -136,5 +136,6 @@ def unpack(tensors: list[Tensor], description: tuple) -> Targets | None:
             for count, member in descriptions:
                 members.append(unpack(tensors[begin : begin + count], member))
                 begin += count
-            return EnsembleLogits(tuple(members), tensors[-1] if weights is None else weights, space)  # type: ignore[arg-type]
+            weights = tensors[-1] if weights is None else weights
+            return EnsembleLogits(tuple(members), weights, space)  # type: ignore[arg-type]
     raise AssertionError(f"no such noun: {description}")

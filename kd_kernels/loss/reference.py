@@ -1,8 +1,9 @@
 """The row pass in torch operations: any device, any dtype, any divergence. The text to read first.
 
-Both functions take a chunk of C rows in the work dtype (fp32 or fp64) and return, per row, the loss (fp64, not weighted by
-the row's weight), the statistics (fp64 ``[C, len(STATS)]``, or None) and a status (int32: 0, or bits of what is wrong with
-the row). Where ``gradient`` is given they write ``weight * d loss / d raw`` there; it may be the student's own memory.
+Both functions take a chunk of C rows in the work dtype (fp32 or fp64) and return, per row, the loss (fp64, not weighted
+by the row's weight), the statistics (fp64 ``[C, len(STATS)]``, or None) and a status (int32: 0, or bits of what is
+wrong with the row). Where ``gradient`` is given they write ``weight * d loss / d raw`` there; it may be the student's
+own memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ BAD_STUDENT, BAD_TEACHER, BAD_LABEL, BAD_IDS, BAD_TAIL, BAD_IMPORTANCE = 1, 2, 4
 """Bits of a row's status, as in csrc/cpu/row_loss.h."""
 
 MASS_TOLERANCE = 0.1
-"""How far above 1 a sparse row's mass may be: a cache rounds log-probabilities; unnormalised scores miss by far more."""
+"""How far above 1 a sparse row's mass may be: a cache rounds log-probabilities; unnormalised scores miss by far
+more."""
 
 COPIES = 10
 """Temporaries of the size of a chunk that the row pass holds at once, beside its inputs."""
@@ -117,7 +119,8 @@ def sparse_rows(
     if want_stats:
         stats = _sparse_stats(teacher.tail_logprob, row, ids, logp, logq, divergence, captured, label_logprob, labels)
     if gradient is not None:
-        # What an id outside the kept set gets is proportional to its q: the tail's g spread over it, less its share of G.
+        # What an id outside the kept set gets is proportional to its q: the tail's g spread over it, less its share of
+        # G.
         q, shared = logq.exp(), total_g.to(z.dtype)
         spread = torch.zeros_like(shared) if renormalize else -shared
         if bucket:
@@ -139,10 +142,11 @@ def _entries(rows: SparseRows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
 
 
 def _sparse_stats(
-    tail_logprob: Tensor | None, row: Tensor, ids: Tensor, logp: Tensor, logq: Tensor, divergence: Tensor, captured: Tensor,
-    label_logprob: Tensor, labels: Tensor | None,
+    tail_logprob: Tensor | None, row: Tensor, ids: Tensor, logp: Tensor, logq: Tensor, divergence: Tensor,
+    captured: Tensor, label_logprob: Tensor, labels: Tensor | None,
 ) -> Tensor:
-    """The teacher's entropy counts the tail as one event; its top-1 is the likeliest kept id, the lowest among equals."""
+    """The teacher's entropy counts the tail as one event; its top-1 is the likeliest kept id, the lowest among
+    equals."""
     count = divergence.shape[0]
     p_log_p = lambda x: torch.where(x > -torch.inf, x.exp() * x, 0.0).double()  # noqa: E731
     entropy = -torch.zeros_like(divergence).index_add_(0, row, p_log_p(logp))
@@ -160,7 +164,8 @@ def _sparse_stats(
         at_label = ids == labels[row]
         teacher_label[row[at_label]] = logp[at_label].double()
     return _stats(
-        divergence=divergence, student_entropy=_entropy(logq), teacher_entropy=entropy, agreement=logq.argmax(1) == top1,
+        divergence=divergence, student_entropy=_entropy(logq), teacher_entropy=entropy,
+        agreement=logq.argmax(1) == top1,
         captured_mass=captured, label_logprob=label_logprob, teacher_label_logprob=teacher_label,
         student_top1=logq.argmax(1), teacher_top1=top1, student_confidence=logq.amax(1).exp(),
         teacher_confidence=torch.where(has_entry, best.exp(), torch.nan),
@@ -172,7 +177,9 @@ def _is_bad(logprobs: Tensor) -> Tensor:
     return logprobs.isnan().any(1).int()
 
 
-def _usable_labels(labels: Tensor | None, columns: int, job: RowJob, want_stats: bool) -> tuple[Tensor | None, Tensor | int]:
+def _usable_labels(
+    labels: Tensor | None, columns: int, job: RowJob, want_stats: bool
+) -> tuple[Tensor | None, Tensor | int]:
     """Labels that are in range, -1 elsewhere, and the status of those that are not; None where no label is needed."""
     if labels is None or (job.ce_weight == 0 and not want_stats):
         return None, 0

@@ -1,7 +1,7 @@
 """The row pass in Triton (``triton_kernels.py``), for CUDA and ROCm. Same contract as ``reference.py``.
 
-Nothing here reads from the device. What is wrong with a row shows as NaN in its loss and gradient; its status is written
-for whoever wants to look.
+Nothing here reads from the device. What is wrong with a row shows as NaN in its loss and gradient; its status is
+written for whoever wants to look.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ def dense_rows(
     student_map, teacher_map = _map(student, job.temperature), _map(teacher, job.temperature)
     if count:
         dense_rows_kernel[(count,)](
-            student.raw, teacher.raw, _or(gradient, student.raw), _or(student.bias, no_bias), _or(teacher.bias, no_bias),
-            _or(labels, no_labels), weight, loss, _or(stats, loss), status,
+            student.raw, teacher.raw, _or(gradient, student.raw), _or(student.bias, no_bias),
+            _or(teacher.bias, no_bias), _or(labels, no_labels), weight, loss, _or(stats, loss), status,
             student.raw.stride(0), teacher.raw.stride(0), 0 if gradient is None else gradient.stride(0), columns,
             readable_columns(student.raw, teacher.raw, _or(gradient, student.raw)),
             _needs_labels(labels, job, want_stats), int(student.bias is not None), int(teacher.bias is not None),
-            *student_map, *teacher_map[:2], job.temperature, job.kd_weight, job.ce_weight, *_params(job), job.divergence.total_g or 0.0,
+            *student_map, *teacher_map[:2], job.temperature, job.kd_weight, job.ce_weight, *_params(job),
+            job.divergence.total_g or 0.0,
             TERMS=triton_terms(job.divergence.kernel), N_PARAMS=len(job.divergence.values), KNOWS_G=knows_g,
             HAS_GRADIENT=gradient is not None, HAS_STATS=want_stats, BLOCK=launch.block, **launch.options,
         )

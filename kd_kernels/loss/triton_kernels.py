@@ -1,7 +1,8 @@
 """The row pass as Triton kernels: one program a row. Same arithmetic as ``reference.py``.
 
-A divergence comes in as TERMS, the device function of ``divergences.py``; see there for f, g and G. Every sum of a row is kept one
-a lane, in fp32. A row of weight 0 costs its zeros; a row with something wrong in it gets a loss and a gradient of NaN.
+A divergence comes in as TERMS, the device function of ``divergences.py``; see there for f, g and G. Every sum of a row
+is kept one a lane, in fp32. A row of weight 0 costs its zeros; a row with something wrong in it gets a loss and a
+gradient of NaN.
 """
 
 import triton
@@ -22,8 +23,8 @@ BUCKET = tl.constexpr(0)
 RENORMALIZE = tl.constexpr(1)
 
 KEPT = tl.constexpr(0x7FC0FACE)
-"""Bits that are written over the kept logits of a sparse row, so that what remains is its tail: a NaN that no arithmetic
-makes."""
+"""Bits that are written over the kept logits of a sparse row, so that what remains is its tail: a NaN that no
+arithmetic makes."""
 
 LARGEST_LOGPROB = tl.constexpr(1e-4)
 LARGEST_MASS = tl.constexpr(1.1)
@@ -155,9 +156,9 @@ def dense_rows_kernel(
     TERMS: tl.constexpr, N_PARAMS: tl.constexpr, KNOWS_G: tl.constexpr, HAS_GRADIENT: tl.constexpr,
     HAS_STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Rows of a dense teacher. Moves C V (3 (s + t) + d) bytes, s, t, d those of a student's, a teacher's logit and a gradient's
-    entry; (2 (s + t) + d) where G is known beforehand, 2 (s + t) without a gradient. Every other walk goes backwards, so that it
-    begins with what the one before it left in cache."""
+    """Rows of a dense teacher. Moves C V (3 (s + t) + d) bytes, s, t, d those of a student's, a teacher's logit and a
+    gradient's entry; (2 (s + t) + d) where G is known beforehand, 2 (s + t) without a gradient. Every other walk goes
+    backwards, so that it begins with what the one before it left in cache."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weight_ptr + row).to(tl.float32)
     student_row, teacher_row = student_ptr + row * student_stride, teacher_ptr + row * teacher_stride
@@ -165,8 +166,8 @@ def dense_rows_kernel(
     nan = float("nan")
     if weight == 0:
         skip_row(
-            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_readable, HAS_GRADIENT, HAS_STATS,
-            BLOCK,
+            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_readable, HAS_GRADIENT,
+            HAS_STATS, BLOCK,
         )
     else:
         o_b = tl.arange(0, BLOCK)
@@ -208,7 +209,8 @@ def dense_rows_kernel(
         untempered = tl.zeros([BLOCK // 4], tl.float32)
         q_ids, p_ids = tl.full([BLOCK // 4], 2147483647, tl.int32), tl.full([BLOCK // 4], 2147483647, tl.int32)
         for i in range(0, n_blocks):
-            if KNOWS_G and HAS_GRADIENT:  # the gradient may be narrower than the logits it replaces: write behind the reads
+            # The gradient may be narrower than the logits it replaces: write behind the reads.
+            if KNOWS_G and HAS_GRADIENT:
                 o_v = i * BLOCK + o_b
             else:
                 o_v = (n_blocks - 1 - i) * BLOCK + o_b
@@ -255,7 +257,8 @@ def dense_rows_kernel(
             )
             teacher_label = tl.where(label >= 0, (y_label - p_max) - p_log_sum, nan)
             store_stats(
-                stats_ptr, row, divergence, -tl.sum(q_log_q, 0), -tl.sum(p_log_p_lanes, 0), student_top1 == teacher_top1,
+                stats_ptr, row, divergence, -tl.sum(q_log_q, 0), -tl.sum(p_log_p_lanes, 0),
+                student_top1 == teacher_top1,
                 q_sum * 0.0 + 1.0, label_logprob, teacher_label, student_top1, teacher_top1, 1.0 / q_sum, 1.0 / p_sum,
             )
         if HAS_GRADIENT and not KNOWS_G:
@@ -303,17 +306,17 @@ def sparse_rows_kernel(
     TERMS: tl.constexpr, N_PARAMS: tl.constexpr, HAS_GRADIENT: tl.constexpr, HAS_STATS: tl.constexpr,
     BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
 ):
-    """Rows of a teacher known at k ids. Moves C V (4 + 4 + d) bytes, d those of a gradient's entry, and about 50 an entry: one walk
-    for the normaliser, one for the gradient. The kept logits are taken out of the row first, so that the tail's mass is a sum
-    over the tail, never one minus the rest."""
+    """Rows of a teacher known at k ids. Moves C V (4 + 4 + d) bytes, d those of a gradient's entry, and about 50 an
+    entry: one walk for the normaliser, one for the gradient. The kept logits are taken out of the row first, so that
+    the tail's mass is a sum over the tail, never one minus the rest."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weight_ptr + row).to(tl.float32)
     student_row, gradient_row = student_ptr + row * student_stride, gradient_ptr + row * gradient_stride
     nan = float("nan")
     if weight == 0:
         skip_row(
-            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_readable, HAS_GRADIENT, HAS_STATS,
-            BLOCK,
+            gradient_row, loss_ptr + row, stats_ptr + row * N_STATS, status_ptr + row, n_readable, HAS_GRADIENT,
+            HAS_STATS, BLOCK,
         )
     else:
         o_b, o_e = tl.arange(0, BLOCK), tl.arange(0, ENTRIES)
@@ -321,7 +324,8 @@ def sparse_rows_kernel(
         label, status = read_label(labels_ptr, row, has_labels, n_columns)
         z_label = load_logits(student_row, bias_ptr, has_bias, tl.maximum(label, 0), label >= 0, factor, height)
 
-        # Take the kept logits out. Each entry first leaves its number at its id: one that finds another's there is a repeat.
+        # Take the kept logits out. Each entry first leaves its number at its id: one that finds another's there is a
+        # repeat.
         outside = tl.zeros([ENTRIES], tl.int32)
         for begin in range(first, last, ENTRIES):
             o_k = begin + o_e
@@ -433,7 +437,8 @@ def sparse_rows_kernel(
         tl.store(loss_ptr + row, tl.where(status == 0, loss, nan).to(tl.float64))
         tl.store(status_ptr + row, status)
 
-        # What an id outside the kept set gets is proportional to its q: the tail's g spread over it, less its share of G.
+        # What an id outside the kept set gets is proportional to its q: the tail's g spread over it, less its share of
+        # G.
         spread = tl.where(renormalise, 0.0, -sum_g)
         spread += tl.where(bucket & (tail_sum > 0), g_tail * (q_sum / tail_sum), 0.0)
         spread = tl.where(kd_weight != 0, spread * kd, 0.0)
@@ -451,15 +456,16 @@ def sparse_rows_kernel(
                 if HAS_GRADIENT:
                     slot = q * spread + ce_share_of(z, q, q_max, temperature, ce, untempered_total)
                     slot = (slot - tl.where(o_v == label, ce, 0.0)) * slope_of(z, scale, relative, height) * weight
-                    # A narrower gradient takes the place of logits that other lanes have yet to read. Under a softcap the
-                    # slope of what was taken out is not finite; its gradient is written below.
+                    # A narrower gradient takes the place of logits that other lanes have yet to read. Under a softcap
+                    # the slope of what was taken out is not finite; its gradient is written below.
                     tl.debug_barrier()
                     slot = tl.where(was_kept | (o_v >= n_columns), 0.0, slot).to(gradient_ptr.dtype.element_ty)
                     tl.store(gradient_row + o_v, slot, mask=o_v < n_readable)
             tl.debug_barrier()
 
         kept_q_log_q, kept_p_log_p = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.float32)
-        best_logp, best_logp_id = tl.full([ENTRIES], -float("inf"), tl.float32), tl.full([ENTRIES], 2147483647, tl.int64)
+        best_logp = tl.full([ENTRIES], -float("inf"), tl.float32)
+        best_logp_id = tl.full([ENTRIES], 2147483647, tl.int64)
         top_kept_id = tl.full([ENTRIES], 2147483647, tl.int64)
         label_logp, has_label_logp = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.int32)
         for begin in range(first, last, ENTRIES):

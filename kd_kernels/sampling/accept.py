@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kd_kernels import _backend, _check, products
 from kd_kernels.logits import Logits, check_dense, leading_shape, vocab
-from kd_kernels.loss.plan import pack
 from kd_kernels.sampling import driver, philox, residual
 from kd_kernels.sampling.arguments import CHECKS, Place, Rows, Warp, autocast_name, check_budget, check_vocab
 from kd_kernels.sampling.driver import IMPLEMENTATIONS, Call
@@ -64,8 +63,8 @@ def accept_or_resample(
 
     Rows are independent: the caller who tests several drafts of one sequence discards what follows the first that was
     refused. Only refused rows are drawn anew; they are gathered first. A replacement is the draw of
-    ``sample(..., purpose="resample")`` at the row's seed, key and position, whichever other rows were refused, and shares no words
-    with the draft's own draw nor with its test (``DRAWS.md`` beside this file, section 7).
+    ``sample(..., purpose="resample")`` at the row's seed, key and position, whichever other rows were refused, and
+    shares no words with the draft's own draw nor with its test (``DRAWS.md`` beside this file, section 7).
 
     Args:
         drafts: int64 or int32, ids in 0..V-1, of the rows' shape.
@@ -167,19 +166,16 @@ class _Options(NamedTuple):
     max_scratch_bytes: int | None
     backend: str
 
-    def call(self, argument: str, noun: Logits) -> tuple[list[Tensor], Call]:
-        tensors, description = pack(noun)
-        race = philox.RESAMPLE_RACE
-        call = Call(WHERE, argument, description, vocab(noun), race, False, *self)
-        return [t.detach() for t in tensors], call
+    def call(self, argument: str, noun: Logits) -> tuple[Logits, Call]:
+        return noun, Call(WHERE, argument, vocab(noun), philox.RESAMPLE_RACE, False, *self)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         return getattr(torch, self.autocast) if self.autocast else None
 
 
-def _of(rows: Tensor, fields: NamedTuple) -> NamedTuple:
-    return type(fields)(*(None if x is None else x[rows] for x in fields))
+def _of(rows: Tensor, place: Place) -> Place:
+    return Place(*(x[rows] for x in place))
 
 
 def _test_rank(drafts: Tensor, teacher: Logits, k: int, place: Place, warp: Warp, options: _Options) -> tuple:
@@ -190,7 +186,7 @@ def _test_rank(drafts: Tensor, teacher: Logits, k: int, place: Place, warp: Warp
     )
     accepted = (found.rank >= 0) & (found.rank < k)
     refused = (~accepted).nonzero()[:, 0]
-    drawn = driver.run(*options.call("teacher", teacher), _of(refused, place), _of(refused, warp), rows=refused)
+    drawn = driver.run(*options.call("teacher", teacher), _of(refused, place), warp.of(refused), rows=refused)
     logprobs = torch.full_like(found.logprob, torch.nan).index_copy_(0, refused, drawn.logprobs)
     return (
         drafts.index_copy(0, refused, drawn.ids), accepted, logprobs,
@@ -210,10 +206,10 @@ def _test_ratio(
     accepted = (p > -torch.inf) & (u.log() <= p - q)
     is_whole = (of_teacher.ids >= 0) & (of_student.ids >= 0)
     refused = (is_whole & ~accepted).nonzero()[:, 0]
+    warps = (each.of(refused).filled(len(refused), refused.device) for each in (warp, student_warp))
     drawn = residual.draw(
-        WHERE, products.flattened(teacher), products.flattened(student), refused, _of(refused, place),
-        _of(refused, warp), _of(refused, student_warp), dtype, options.autocast_dtype, options.max_scratch_bytes,
-        options.backend,
+        WHERE, products.flattened(teacher), products.flattened(student), refused, _of(refused, place), *warps, dtype,
+        options.autocast_dtype, options.max_scratch_bytes, options.backend,
     )
     fill = lambda x, new: torch.where(is_whole, x, torch.nan).to(dtype).index_copy_(0, refused, new)  # noqa: E731
     return (

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kd_kernels import _backend, _check
+from kd_kernels import _backend, _check, products
 from kd_kernels.logits import Logits, check_dense, leading_shape, vocab
-from kd_kernels.loss.plan import pack
 from kd_kernels.sampling import driver
 from kd_kernels.sampling.arguments import CHECKS, PURPOSES, Rows, autocast_name, check_budget, check_vocab
 from kd_kernels.sampling.driver import IMPLEMENTATIONS, Call
@@ -49,16 +48,17 @@ def sample(
         logprobs = z.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         model_logprobs = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
-    A draw is a function of the row's logits and arguments, its seed, key and position, and of nothing else: not of the batch
-    around it, its place there, chunks, tiles or threads. Give every sequence a key and count positions along it, and its text
-    does not depend on which sequences it is generated with. The contract, word by word, is ``DRAWS.md`` beside this file.
+    A draw is a function of the row's logits and arguments, its seed, key and position, and of nothing else: not of the
+    batch around it, its place there, chunks, tiles or threads. Give every sequence a key and count positions along it,
+    and its text does not depend on which sequences it is generated with. The contract, word by word, is ``DRAWS.md``
+    beside this file.
 
     Args:
-        logits: ``[..., V]`` or what stands for it; fp32, bf16, fp16 or fp64 ("triton": no fp64); V up to 2^24. A logit of
-            -inf is never drawn.
+        logits: ``[..., V]`` or what stands for it; fp32, bf16, fp16 or fp64 ("triton": no fp64); V up to 2^24. A logit
+            of -inf is never drawn.
         temperature: at least 0. 0 takes the likeliest id, the lowest among equals, whose logprob is 0. Infinite draws
-            uniformly from what the filters leave. Like all that follow up to ``positions``: a number, or a tensor of the
-            rows' shape.
+            uniformly from what the filters leave. Like all that follow up to ``positions``: a number, or a tensor of
+            the rows' shape.
         top_k: keep the k largest logits, ties to the lower id. At least 1; k > V keeps all. None: off.
         top_p: of what ``top_k`` leaves, keep the shortest prefix, by falling logit and rising id, whose mass at the
             temperature reaches ``top_p``; at least one id. 0..1; 1 keeps all. None: off.
@@ -67,8 +67,8 @@ def sample(
         keys: int64; names the sequence, any 64 bits. None: the number of the row, so that draws depend on its place.
         positions: int64, 0..2^32-1; the place in the sequence. None: 0, so that a second call draws the same.
         return_stats: also return entropy and lse of the model's own distribution.
-        check: "raise" for an error where a row is no distribution (NaN, +inf, or -inf alone); on a GPU that waits for the
-            device, once. "flag": such rows get the id -1 and NaN.
+        check: "raise" for an error where a row is no distribution (NaN, +inf, or -inf alone); on a GPU that waits for
+            the device, once. "flag": such rows get the id -1 and NaN.
         purpose: "draw", or "resample" for the draws that :func:`accept_or_resample` takes in place of a rejected one:
             the two are independent at the same seed, key and position.
         max_scratch_bytes: bound on temporary memory. None: 256 MiB on a CPU, 1.4 GiB elsewhere.
@@ -83,16 +83,17 @@ def sample(
         RuntimeError: the backend does not exist here, or ``check="raise"`` while a CUDA graph is captured.
 
     Numerics: products, logits and exponentials in fp32 (fp64 for fp64 inputs), under autocast with its rounding of the
-    products' inputs; sums of 128 exponentials in fp32 in a fixed order, everything across those in fp64. Uniforms of the race
-    have 32 bits, with their full relative precision near 0. Equal logits give equal ids on one device, bit for bit; between
-    devices and backends but for draws that fall within rounding of a boundary, below one in a million. Which ids the filters
-    keep is exact, but that a prefix whose mass is within 1e-6 of ``top_p`` may differ by an id between backends.
+    products' inputs; sums of 128 exponentials in fp32 in a fixed order, everything across those in fp64. Uniforms of
+    the race have 32 bits, with their full relative precision near 0. Equal logits give equal ids on one device, bit for
+    bit; between devices and backends but for draws that fall within rounding of a boundary, below one in a million.
+    Which ids the filters keep is exact, but that a prefix whose mass is within 1e-6 of ``top_p`` may differ by an id
+    between backends.
 
-    Cost: 2 N H V operations for a head, each logit read once (with filters, those near the cut again) and V / 512 calls of
-    Philox a row. ``cpp``: one or two exponentials a logit; ``reference`` sorts rows where there is a filter.
+    Cost: 2 N H V operations for a head, each logit read once (with filters, those near the cut again) and V / 512 calls
+    of Philox a row. ``cpp``: one or two exponentials a logit; ``reference`` sorts rows where there is a filter.
 
-    Source: groups of ids and a race between them as in FlashSampling, arXiv 2603.15854; Philox of Salmon et al. 2011; top_p of
-    Holtzman et al. 2020, arXiv 1904.09751; min_p of Nguyen et al. 2024, arXiv 2407.01082.
+    Source: groups of ids and a race between them as in FlashSampling, arXiv 2603.15854; Philox of Salmon et al. 2011;
+    top_p of Holtzman et al. 2020, arXiv 1904.09751; min_p of Nguyen et al. 2024, arXiv 2407.01082.
     """
     where = "sample"
     check_dense(where, logits)
@@ -103,13 +104,12 @@ def sample(
     _check.one_of(where, "purpose", purpose, tuple(PURPOSES))
     check_budget(where, max_scratch_bytes)
     chosen = _backend.choose(where, backend, device, tuple(IMPLEMENTATIONS))
-    tensors, description = pack(logits)
-    check_vocab(where, chosen, columns, tensors)
+    check_vocab(where, chosen, columns, products.tensors_of(logits))
     if check == "raise":
         _backend.check_not_capturing(where, "check", '"flag"', '"raise"', "look for ids of -1 after the replay")
     call = Call(
-        where, "logits", description, columns, PURPOSES[purpose], bool(return_stats), check, autocast_name(device),
+        where, "logits", columns, PURPOSES[purpose], bool(return_stats), check, autocast_name(device),
         max_scratch_bytes, chosen,
     )
-    found = driver.run([t.detach() for t in tensors], call, place, warp)
-    return Sampled(*(None if x is None else x.reshape(shape) for x in found))
+    found = driver.run(logits, call, place, warp)
+    return Sampled(*(found if len(shape) == 1 else (None if x is None else x.reshape(shape) for x in found)))

@@ -19,11 +19,15 @@ def check_vocab(where: str, backend: str, columns: int, tensors: list[Tensor]) -
     if backend == "triton":
         _backend.check_triton_takes(where, columns, *tensors)
     if columns > _backend.MAX_VOCAB:
-        _check.fail(where, "the vocabulary", f"at most {_backend.MAX_VOCAB}, whose groups the counter can tell apart", columns)
+        _check.fail(
+            where, "the vocabulary", f"at most {_backend.MAX_VOCAB}, whose groups the counter can tell apart", columns
+        )
 
 
 def check_budget(where: str, max_scratch_bytes: object) -> None:
-    if max_scratch_bytes is not None and (isinstance(max_scratch_bytes, bool) or not isinstance(max_scratch_bytes, int)):
+    if max_scratch_bytes is not None and (
+        isinstance(max_scratch_bytes, bool) or not isinstance(max_scratch_bytes, int)
+    ):
         _check.fail_type(where, "max_scratch_bytes", "a number of bytes (int)", type(max_scratch_bytes).__name__)
 
 
@@ -43,23 +47,36 @@ class Place(NamedTuple):
 
 
 class Warp(NamedTuple):
-    """How a distribution is tempered and cut, ``[N]`` each; None: not at all."""
+    """How a distribution is tempered and cut: a number that holds for all rows, and is in range, or ``[N]``; None: not
+    at all."""
 
-    temperature: Tensor  # fp64
-    top_k: Tensor | None  # int64
-    top_p: Tensor | None  # fp64
-    min_p: Tensor | None  # fp64
+    temperature: float | Tensor  # fp64
+    top_k: int | Tensor | None  # int64
+    top_p: float | Tensor | None  # fp64
+    min_p: float | Tensor | None  # fp64
+
+    def of(self, rows: Tensor) -> Warp:
+        """Of some rows (int64 ``[M]``)."""
+        return Warp(*(x[rows] if isinstance(x, Tensor) else x for x in self))
+
+    def filled(self, count: int, device: torch.device) -> Warp:
+        """Of ``count`` rows, with a tensor in place of every number."""
+        dtypes = (torch.float64, torch.int64, torch.float64, torch.float64)
+        return Warp(*(
+            torch.full((count,), x, dtype=dtype, device=device) if isinstance(x, (int, float)) else x
+            for x, dtype in zip(self, dtypes)
+        ))
 
 
 class Rows:
-    """Checks per-row arguments, and makes a flat tensor of each."""
+    """Checks per-row arguments, and makes flat what is a tensor."""
 
     def __init__(self, where: str, shape: torch.Size, device: torch.device) -> None:
         self.where, self.shape, self.device = where, shape, device
         self.count = math.prod(shape)
 
-    def filled(self, value: int | float, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.full((self.count,), value, dtype=dtype, device=self.device)
+    def filled(self, value: int) -> Tensor:
+        return torch.full((self.count,), value, dtype=torch.int64, device=self.device)
 
     def counted(self) -> Tensor:
         return torch.arange(self.count, device=self.device)
@@ -81,22 +98,22 @@ class Rows:
         """int64 ``[N]`` from integers of the rows' shape."""
         return self._flat(name, _check.integral(self.where, name, value)).long()
 
-    def numbers(self, name: str, value: object, least: float, most: float) -> Tensor:
-        """fp64 ``[N]``; a number is checked, the values of a tensor are not."""
+    def numbers(self, name: str, value: object, least: float, most: float) -> float | Tensor:
+        """A number, checked, or fp64 ``[N]`` whose values are not."""
         if isinstance(value, Tensor):
             return self._flat(name, _check.floating(self.where, name, value)).double()
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             _check.fail_type(self.where, name, "a number or a tensor", type(value).__name__)
         if not least <= value <= most:
             _check.fail(self.where, name, "at least 0" if most == math.inf else f"in {least:g}..{most:g}", value)
-        return self.filled(value, torch.float64)
+        return float(value)
 
-    def top_k(self, name: str, value: object) -> Tensor | None:
+    def top_k(self, name: str, value: object) -> int | Tensor | None:
         if value is None or isinstance(value, Tensor):
             return None if value is None else self.tensor(name, value)
         if self._int(name, value) < 1:
             _check.fail(self.where, name, "at least 1", value, "pass None to keep all")
-        return self.filled(min(value, _backend.MAX_VOCAB))
+        return min(value, _backend.MAX_VOCAB)
 
     def seeds(self, value: object) -> Tensor:
         """Unsigned 64 bits are taken as they are."""
@@ -115,4 +132,4 @@ class Rows:
         if value.shape != self.shape:
             _check.fail(self.where, name, f"of shape {list(self.shape)} like the rows of logits", list(value.shape))
         _check.same_device(self.where, name, value, self.device)
-        return value.reshape(-1)
+        return value if value.dim() == 1 else value.reshape(-1)

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_kernels import row_launch
+
 MEMBERS = 2048
 """Logits of listed groups that a filter looks at together: 8 a lane."""
+
+DRAWS = 8
+"""Draws with replacement that a program looks at together: with the 128 ids of a group each, 8 fp64 numbers a lane."""
+
+
+def members_launch(warp_size: int) -> row_launch.Launch:
+    """For a kernel that looks at MEMBERS: without the limit, ptxas spills on sm_90 to fit a third program."""
+    lanes = MEMBERS // 8
+    return row_launch.Launch(MEMBERS, lanes // warp_size, row_launch.max_registers(lanes, warp_size, programs=2))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Of each thread: the logits where the head has a map, a masked copy and the ids near the cut where there are filters."""
+    """Of each thread: the logits where the head has a map, a masked copy and the ids near the cut where there are
+    filters."""
     return 0, torch.get_num_threads() * columns * (2 * dtype.itemsize + 24)
 
 

@@ -1,19 +1,23 @@
-"""From a noun and per-row arguments to samples: the registered op, its walk over chunks of rows, and what it refuses."""
+"""From a noun and per-row arguments to samples: the registered op, its walk over chunks of rows, and what it
+refuses."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
+import math
 from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kd_kernels import _backend, _check, products
+from kd_kernels import _check, products
 from kd_kernels.logits import Logits
-from kd_kernels.loss.plan import unpack
+from kd_kernels.loss.plan import pack, unpack
 from kd_kernels.sampling.arguments import Place, Warp
 from kd_kernels.sampling.reference import Request, RowSamples
 
@@ -21,8 +25,8 @@ IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "trito
 """By backend, the module with its ``sample_rows``; imported when the backend first runs."""
 
 INVERSE_RANGE = (2.0**-126, 3.4028234663852886e38)
-"""Of 1 / temperature: normal numbers of fp32, so that a logit of -inf stays -inf at an infinite temperature, and the largest
-logit stays 0 below itself at the smallest."""
+"""Of 1 / temperature: normal numbers of fp32, so that a logit of -inf stays -inf at an infinite temperature, and the
+largest logit stays 0 below itself at the smallest."""
 
 
 class Call(NamedTuple):
@@ -30,7 +34,6 @@ class Call(NamedTuple):
 
     where: str  # the public function, for messages
     argument: str  # its name for the noun
-    noun: tuple  # as ``plan.pack`` describes it
     columns: int
     race: int
     stats: bool
@@ -41,30 +44,45 @@ class Call(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _read(text: str) -> Call:
-    return Call(*ast.literal_eval(text))
+def _read(text: str) -> tuple[tuple, Call]:
+    """How ``plan.pack`` describes the noun, and the call."""
+    noun, *call = ast.literal_eval(text)
+    return noun, Call(*call)
 
 
 def implementation(backend: str) -> ModuleType:
     return importlib.import_module(f"kd_kernels.sampling.{IMPLEMENTATIONS[backend]}")
 
 
+def inverse_of(temperature: float) -> float:
+    """1 / T as implementations take it: infinite for T = 0."""
+    least, most = INVERSE_RANGE
+    return math.inf if temperature == 0 else min(max(1.0 / temperature, least), most)
+
+
 def inverse_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / T as implementations take it: infinite for T = 0, NaN for what is no temperature."""
+    """The same, row by row; NaN for what is no temperature."""
     inverse = temperature.double().reciprocal().clamp(*INVERSE_RANGE).to(dtype)
     inverse = torch.where(temperature == 0, torch.inf, inverse)
     return torch.where(temperature >= 0, inverse, torch.nan)
 
 
 def run(
-    logits: list[Tensor], call: Call, place: Place, warp: Warp, given: Tensor | None = None, rows: Tensor | None = None,
+    noun: Logits, call: Call, place: Place, warp: Warp, given: Tensor | None = None, rows: Tensor | None = None,
 ) -> RowSamples:
-    """Samples ``[N]``. ``logits`` is the noun's tensors; the others are ``[N]``, checked but for their values.
+    """Samples ``[N]`` of a noun's rows; the other arguments are ``[N]``, checked but for the values of tensors.
 
     ``given`` ids (int64) are scored, and nothing is drawn. ``rows`` (int64 ``[N]``): of those rows of the noun alone.
+
+    Only who traces torch needs the registered op: going through it takes longer than drawing one token does.
     """
-    entropy_and_lse = _sample(logits, *place, *warp, given, rows, repr(tuple(call)))
-    return RowSamples(*entropy_and_lse, *(None,) * (5 - len(entropy_and_lse)))
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        tensors, description = pack(noun)
+        filled = warp.filled(place.seeds.shape[0], place.seeds.device)
+        found = _sample([t.detach() for t in tensors], *place, *filled, given, rows, repr((description, *call)))
+        return RowSamples(*_padded(found))
+    with torch.no_grad():
+        return _draw(noun, call, place, warp, given, rows)
 
 
 def _allocate(logits: list[Tensor], count: int, stats: bool) -> list[Tensor]:
@@ -79,16 +97,36 @@ def _sample(
     top_p: Tensor | None, min_p: Tensor | None, given: Tensor | None, picked: Tensor | None, call_text: str,
 ) -> list[Tensor]:
     """Ids, log-probabilities, those of the model, and with ``stats`` entropy and lse, ``[N]`` each."""
-    call = _read(call_text)
-    noun = products.flattened(unpack(logits, call.noun))  # type: ignore[arg-type]
-    count, device, dtype = seeds.shape[0], seeds.device, products.work_dtype(*logits)
-    warp = Warp(temperature, top_k, top_p, min_p)
-    values = valid_warp(warp) | valid_positions(positions)
+    noun, call = _read(call_text)
+    with torch.no_grad():
+        found = _draw(
+            unpack(logits, noun), call, Place(seeds, keys, positions), Warp(temperature, top_k, top_p, min_p), given,
+            picked,
+        )
+    return [x for x in found if x is not None]
+
+
+@_sample.register_fake
+def _(logits, seeds, keys, positions, temperature, top_k, top_p, min_p, given, picked, call_text):
+    return _allocate(logits, seeds.shape[0], _read(call_text)[1].stats)
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [*tensors, *(None,) * (5 - len(tensors))]
+
+
+def _draw(
+    noun: Logits, call: Call, place: Place, warp: Warp, given: Tensor | None, picked: Tensor | None
+) -> RowSamples:
+    """The walk over chunks of rows."""
+    noun, tensors = products.flattened(noun), products.tensors_of(noun)
+    count, device, dtype = place.seeds.shape[0], place.seeds.device, products.work_dtype(*tensors)
+    values = valid_warp(warp) | valid_positions(place.positions)
     if device.type == "cpu":
         check_values(call.where, values)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        rows_of, out = implementation(call.backend), RowSamples(*_padded(_allocate(logits, count, call.stats)))
-        autocast = getattr(torch, call.autocast) if call.autocast else None
+    rows_of, out = implementation(call.backend), RowSamples(*_padded(_allocate(tensors, count, call.stats)))
+    autocast = getattr(torch, call.autocast) if call.autocast else None
+    with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
         rows = products.source(noun, picked, dtype, autocast=autocast, native=rows_of.NATIVE)
         own_bytes_per_row, own_fixed_bytes = rows_of.scratch(call.columns, dtype)
         step = products.rows_per_chunk(
@@ -97,29 +135,30 @@ def _sample(
         )
         rows.open(min(step, max(count, 1)))
         is_fused = call.backend == "triton" and rows_of.fuses(rows, min(step, count))
-        is_valid = functools.reduce(torch.logical_and, [valid for _, valid, _ in values.values()])
-        inverse = torch.where(is_valid, inverse_temperature(temperature, dtype), torch.nan)
-        request = (seeds, keys, positions, inverse, top_k, top_p, min_p, given)
+        if isinstance(warp.temperature, Tensor):
+            inverse = inverse_temperature(warp.temperature, dtype)
+        else:
+            inverse = torch.full((count,), inverse_of(warp.temperature), dtype=dtype, device=device)
+        if device.type != "cpu":
+            is_valid = functools.reduce(torch.logical_and, [valid for _, valid, _ in values.values()])
+            inverse = torch.where(is_valid, inverse, torch.nan)
+        filters = warp.filled(count, device)[1:]
+        request = Request(*place, inverse, *filters, given, call.race)
         for begin in range(0, count, step):
             here = slice(begin, min(begin + step, count))
-            part = (None if x is None else x[here].contiguous() for x in request)
-            chunk_out = RowSamples(*(None if x is None else x[here] for x in out))
+            part, part_out = (request, out) if step >= count else (_cut(request, here), _cut(out, here))
+            part = Request(*(x.contiguous() if isinstance(x, Tensor) else x for x in part))
             if is_fused:
-                rows_of.sample_head(rows, here.start, here.stop, Request(*part, call.race), chunk_out)
+                rows_of.sample_head(rows, here.start, here.stop, part, part_out)
             else:
-                rows_of.sample_rows(rows.chunk(here.start, here.stop), Request(*part, call.race), chunk_out)
+                rows_of.sample_rows(rows.chunk(here.start, here.stop), part, part_out)
         if call.check == "raise":
             _check_rows(call, out.ids, values, noun, picked, dtype, autocast)
-    return [x for x in out if x is not None]
+    return out
 
 
-@_sample.register_fake
-def _(logits, seeds, keys, positions, temperature, top_k, top_p, min_p, given, picked, call_text):
-    return _allocate(logits, seeds.shape[0], _read(call_text).stats)
-
-
-def _padded(tensors: list[Tensor]) -> list[Tensor | None]:
-    return [*tensors, *(None,) * (5 - len(tensors))]
+def _cut(fields: NamedTuple, rows: slice) -> NamedTuple:
+    return type(fields)(*(x[rows] if isinstance(x, Tensor) else x for x in fields))
 
 
 Values = dict[str, tuple[Tensor, Tensor, str]]
@@ -131,14 +170,17 @@ def valid_positions(positions: Tensor) -> Values:
 
 
 def valid_warp(warp: Warp, prefix: str = "") -> Values:
-    """Of the per-row arguments whose names have the prefix."""
+    """Of the per-row arguments that are tensors, under their names with the prefix."""
     rules = {
         "temperature": (warp.temperature, lambda x: x >= 0, "at least 0"),
         "top_k": (warp.top_k, lambda x: x >= 1, "at least 1"),
         "top_p": (warp.top_p, lambda x: (x >= 0) & (x <= 1), "in 0..1"),
         "min_p": (warp.min_p, lambda x: (x >= 0) & (x <= 1), "in 0..1"),
     }
-    return {prefix + name: (x, rule(x), requirement) for name, (x, rule, requirement) in rules.items() if x is not None}
+    return {
+        prefix + name: (x, rule(x), requirement) for name, (x, rule, requirement) in rules.items()
+        if isinstance(x, Tensor)
+    }
 
 
 def check_values(where: str, values: Values) -> None:

@@ -60,6 +60,7 @@ def uniform(word: Tensor) -> Tensor:
 
 
 def fine_uniform(pair: Tensor) -> Tensor:
-    """Two words ``[..., 2]`` as one number of (0, 1): the middle of its 2^-52, exactly; the 12 lowest bits are not used."""
+    """Two words ``[..., 2]`` as one number of (0, 1): the middle of its 2^-52, exactly; the 12 lowest bits are not
+    used."""
     high, low = pair.unbind(-1)
     return (((high << 20) | (low >> 12)).double() + 0.5) * 2.0**-52

@@ -1,8 +1,8 @@
 """Draws in torch operations: any device, any dtype. The text to read first, beside ``DRAWS.md``, which it follows.
 
-An implementation takes a chunk of C rows of logits with a :class:`Request` and writes what :class:`RowSamples` names. It
-reads nothing from the device. A row that is no distribution (NaN, +inf, or -inf throughout; or an inverse temperature of
-NaN, which stands for an argument out of range) gets the id -1 and NaN.
+An implementation takes a chunk of C rows of logits with a :class:`Request` and writes what :class:`RowSamples` names.
+It reads nothing from the device. A row that is no distribution (NaN, +inf, or -inf throughout; or an inverse
+temperature of NaN, which stands for an argument out of range) gets the id -1 and NaN.
 """
 
 from __future__ import annotations
@@ -77,13 +77,19 @@ def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     return COPIES * 8 * columns, 0
 
 
+ENTRY_BYTES = 96
+"""Of an id that was drawn or is certain, while entries are made: what :func:`write_entries` holds at once."""
+
+
 def target_scratch(columns: int, request: TargetRequest, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that a row, and that any number of rows, takes beside the logits and the rectangles."""
-    return 8 * (COPIES * columns + request.draws * 4 * GROUP + 12 * (request.draws + request.certain)), 0
+    of_draws = 32 * GROUP * request.draws + ENTRY_BYTES * (request.draws + request.certain)
+    return 8 * COPIES * columns + of_draws, 0
 
 
 def kept(z: Tensor, inverse: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
-    """bool ``[C, V]``: the ids that the filters leave, of logits ``[C, V]``. Masses in fp64, relative to the largest."""
+    """bool ``[C, V]``: the ids that the filters leave, of logits ``[C, V]``. Masses in fp64, relative to the
+    largest."""
     order = z.double().sort(dim=1, descending=True, stable=True)
     place = torch.arange(z.shape[1], device=z.device)
     tempered = (order.values - order.values[:, :1]) * inverse.double()[:, None]
@@ -106,7 +112,8 @@ def grouped(z: Tensor) -> Tensor:
 
 
 def group_sums(z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits ``[C, G, 128]``: the maximum m of each group, and the sum of exp((z - m) / T) in the contract's order."""
+    """Of logits ``[C, G, 128]``: the maximum m of each group, and the sum of exp((z - m) / T) in the contract's
+    order."""
     top = z.amax(2)
     share = ((z - torch.where(top > -torch.inf, top, 0.0)[..., None]) * inverse[:, None, None]).exp()
     while share.shape[2] > 1:
@@ -216,24 +223,44 @@ def target_rows(rows: RawRows, request: TargetRequest, out: RowTargets) -> None:
     left = z.scatter(1, sure, -torch.inf)
     has_left = left.amax(1, keepdim=True) > -torch.inf
     drawn, top, mass = _drawn_with_replacement(grouped(torch.where(has_left, left, 0.0)), request, inverse)
+    drawn = drawn.clamp(max=z.shape[1] - 1)
+    logits = torch.cat([z.gather(1, sure), torch.where(has_left, z.gather(1, drawn), -torch.inf)], 1)
+    own_sum = log_sum(*group_sums(grouped(z), one), one)[:, None]
+    write_entries(
+        torch.cat([sure, drawn], 1), logits, top, mass, z.amax(1, keepdim=True), own_sum, is_whole, request, out
+    )
 
+
+def write_entries(
+    ids: Tensor, logits: Tensor, top: Tensor, mass: Tensor, peak: Tensor, own_sum: Tensor, is_whole: Tensor,
+    request: TargetRequest, out: RowTargets,
+) -> None:
+    """Entries out of draws: equal ones counted, weighed, and put in their order.
+
+    Args:
+        ids: int64 ``[C, certain + draws]``: the certain ones, then what was drawn.
+        logits: of those, in the work dtype; -inf where there is none.
+        top, mass: fp64 ``[C, 1]``: the largest logit that was drawn from, and the mass relative to it, at the proposal.
+        peak, own_sum: ``[C, 1]``: the largest logit of all, and fp64 log of the mass relative to it, at temperature 1.
+        is_whole: bool ``[C]``: rows that are distributions.
+    """
+    (sure, drawn), (sure_logits, drawn_logits) = (x.split([request.certain, request.draws], 1) for x in (ids, logits))
     # Equal draws are neighbours once they are sorted: the first of each has the count of all.
-    drawn = drawn.clamp(max=z.shape[1] - 1).sort(1).values
+    drawn, order = drawn.sort(1)
+    drawn_logits = drawn_logits.gather(1, order)
     is_first = F.pad(drawn.diff(dim=1) != 0, (1, 0), value=True)
     slot = is_first.cumsum(1) - 1
     times = torch.zeros_like(drawn).scatter_add_(1, slot, torch.ones_like(drawn)).gather(1, slot)
-    proposal = ((z.gather(1, drawn).double() - top) * request.inverse).exp() / mass
+    proposal = ((drawn_logits.double() - top) * request.inverse).exp() / mass
     importance = times / (request.draws * proposal)
 
-    ids = torch.cat([sure, drawn], 1)
+    ids, logits = torch.cat([sure, drawn], 1), torch.cat([sure_logits, drawn_logits], 1)
     importance = torch.cat([torch.ones_like(sure, dtype=torch.float64), importance], 1)
-    logits = z.gather(1, ids)
-    is_entry = torch.cat([torch.ones_like(sure, dtype=torch.bool), is_first & has_left], 1) & (logits > -torch.inf)
+    is_entry = torch.cat([torch.ones_like(sure, dtype=torch.bool), is_first], 1) & (logits > -torch.inf)
     by_id = ids.argsort(1)
     falling = logits.masked_fill(~is_entry, -torch.inf).gather(1, by_id).sort(dim=1, descending=True, stable=True)
     order = by_id.gather(1, falling.indices)[:, : out.ids.shape[1]]
-    model_log_sum = log_sum(*group_sums(grouped(z), one), one)[:, None]
     out.counts.copy_(torch.where(is_whole, is_entry.sum(1), -1))
     out.ids.copy_(ids.gather(1, order))
-    out.logprobs.copy_((logits.gather(1, order) - z.amax(1, keepdim=True)).double() - model_log_sum)
+    out.logprobs.copy_((logits.gather(1, order) - peak).double() - own_sum)
     out.importance.copy_(importance.gather(1, order))

@@ -22,7 +22,8 @@ def draw(
 ) -> RowSamples:
     """One id of each of the rows (int64 ``[R]``). p and q are formed in torch operations, for these rows alone.
 
-    ``logprobs`` and ``model_logprobs`` are the teacher's, ``p`` and untempered, in ``dtype``.
+    Place and warps are of these rows, a tensor each where they are not None. ``logprobs`` and ``model_logprobs`` are
+    the teacher's, ``p`` and untempered, in ``dtype``.
     """
     count, device, columns, rows_of = rows.shape[0], rows.device, vocab(teacher), driver.implementation(backend)
     sources = [products.source(noun, rows, dtype, autocast=autocast) for noun in (teacher, student)]

@@ -13,7 +13,6 @@ from kd_kernels.sampling.arguments import Place, Rows, autocast_name, check_budg
 from kd_kernels.sampling.reference import RowTargets, TargetRequest
 
 WHERE = "sampled_targets"
-BUILT = ("reference", "cpp")
 MAX_CERTAIN = 65_535 - philox.MAX_DRAWS
 """So that a row has at most 65,535 entries, which is what a row of the cache can hold."""
 
@@ -50,7 +49,7 @@ def sampled_targets(
         seed, keys, positions: as in :func:`sample`.
         max_scratch_bytes: bound on temporary memory, the result (16 bytes an entry in fp32) not counted. None: 256 MiB
             on a CPU, 1.4 GiB elsewhere.
-        backend: "cpp" (CPU), "reference" (any device), or None: by device.
+        backend: "cpp" (CPU), "triton" (GPU; no fp64), "reference" (torch operations, any device), or None: by device.
 
     Returns:
         SparseTargets of N rows, without gradient, with distinct ids in a row, by falling logit, equal ones by rising
@@ -86,7 +85,7 @@ def sampled_targets(
     temperature = _check.positive(WHERE, "proposal_temperature", proposal_temperature)
     place = Rows(WHERE, leading_shape(logits), logits.device).place(seed, keys, positions)
     check_budget(WHERE, max_scratch_bytes)
-    chosen = _backend.choose(WHERE, backend, logits.device, BUILT)
+    chosen = _backend.choose(WHERE, backend, logits.device, tuple(driver.IMPLEMENTATIONS))
     check_vocab(WHERE, chosen, vocab(logits), products.tensors_of(logits))
     _backend.check_not_capturing(
         WHERE, "the call", "made outside", "a capture", "how many entries come out depends on the data"
@@ -112,7 +111,7 @@ def _walk(
     """All rows, chunk by chunk."""
     columns, count, device = vocab(noun), place.seeds.shape[0], place.seeds.device
     dtype, rows_of = products.work_dtype(*products.tensors_of(noun)), driver.implementation(backend)
-    inverse = driver.inverse_temperature(torch.tensor(temperature, dtype=torch.float64), dtype).item()
+    inverse = torch.tensor(driver.inverse_of(temperature), dtype=dtype).item()
     request = TargetRequest(*place, inverse, n, min(certain, columns))
     width = min(columns, n + certain)
     rows = products.source(noun, None, dtype, autocast=autocast, native=rows_of.NATIVE)
@@ -131,11 +130,16 @@ def _walk(
         out = RowTargets(*(x[: here.stop - begin] for x in room))
         chunk_request = request._replace(**{name: x[here].contiguous() for name, x in place._asdict().items()})
         rows_of.target_rows(rows.chunk(here.start, here.stop), chunk_request, out)
-        if bool((out.counts < 0).any()):
-            row = begin + (out.counts < 0).nonzero()[0]
-            remedy = "look for an overflow in the teacher, and leave out rows that are padding"
-            driver.fail_row(WHERE, "logits", noun, row, dtype, autocast, remedy)
+        _check_rows(out.counts, begin, noun, dtype, autocast)
         written = torch.arange(width, device=device) < out.counts[:, None]
         parts.append((out.counts.clone(), *(x[written] for x in out[1:])))
     counts, ids, logprobs, importance = (torch.cat(field) for field in zip(*parts))
     return SparseTargets(F.pad(counts.cumsum(0), (1, 0)), ids, logprobs, importance=importance)
+
+
+def _check_rows(counts: Tensor, begin: int, noun: Logits, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    """Raise for the first row of a chunk that is no distribution."""
+    if bool((counts < 0).any()):
+        row = begin + (counts < 0).nonzero()[0]
+        remedy = "look for an overflow in the teacher, and leave out rows that are padding"
+        driver.fail_row(WHERE, "logits", noun, row, dtype, autocast, remedy)

@@ -14,9 +14,12 @@ from kd_kernels import row_launch
 from kd_kernels.products import LinearSource, RawRows, Source
 from kd_kernels.sampling import config
 from kd_kernels.sampling.philox import GROUP
-from kd_kernels.sampling.reference import Request, RowSamples
+from kd_kernels.sampling.reference import (
+    ENTRY_BYTES, Request, RowSamples, RowTargets, TargetRequest, write_entries,
+)
 from kd_kernels.sampling.triton_kernels import (
-    N_BOUNDS, draw_kernel, filter_kernel, group_sums_kernel, head_groups_kernel,
+    N_BOUNDS, N_STATE, certain_kernel, draw_kernel, draw_targets_kernel, filter_kernel, group_sums_kernel,
+    head_groups_kernel,
 )
 
 NATIVE = True
@@ -57,18 +60,21 @@ def _summaries(raw: Tensor) -> Summaries:
 
 def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
     """Draws and scores a chunk. Bytes: see the kernels."""
+    if rows.raw.shape[0]:
+        _draw(rows, _summarised(rows, request.inverse, out.lse is not None), request, out)
+
+
+def _summarised(rows: RawRows, inverse: Tensor, stats: bool) -> Summaries:
     raw, groups = rows.raw, _summaries(rows.raw)
     count, n_groups = groups.maxima.shape
-    if count == 0:
-        return
     launch = config.group_launch(raw.shape[1], row_launch.lanes_per_warp())
     n_blocks = -(-n_groups * GROUP // launch.block)
     group_sums_kernel[(count * n_blocks,)](
-        raw, _or(rows.bias, groups.maxima), request.inverse, *groups, raw.stride(0), raw.shape[1],
+        raw, _or(rows.bias, groups.maxima), inverse, *groups, raw.stride(0), raw.shape[1],
         row_launch.readable_columns(raw), n_groups, n_blocks, int(rows.bias is not None), *rows.factor_and_height(),
-        STATS=out.lse is not None, BLOCK=launch.block, num_warps=launch.num_warps, **UNFUSED,
+        STATS=stats, BLOCK=launch.block, num_warps=launch.num_warps, **UNFUSED,
     )
-    _draw(rows, groups, request, out)
+    return groups
 
 
 def fuses(source: Source, count: int) -> bool:
@@ -126,6 +132,46 @@ def _draw(rows: RawRows, groups: Summaries, request: Request, out: RowSamples) -
         *logits_map, FILTERED=is_filtered, STATS=wants_stats, BLOCK=launch.block, num_warps=launch.num_warps,
         **UNFUSED,
     )
+
+
+def target_scratch(columns: int, request: TargetRequest, dtype: torch.dtype) -> tuple[int, int]:
+    """Summaries of the groups, lists of them with running sums, and the draws."""
+    of_groups = (4 * SUMMARIES + 8) * groups_of(columns)
+    return of_groups + ENTRY_BYTES * (request.draws + request.certain) + 8 * (N_STATE.value + N_BOUNDS.value), 0
+
+
+def target_rows(rows: RawRows, request: TargetRequest, out: RowTargets) -> None:
+    """Draws and counts for a chunk. Bytes: see the kernels."""
+    raw, warp_size = rows.raw, row_launch.lanes_per_warp()
+    count, columns = raw.shape
+    if count == 0:
+        return
+    new = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device=raw.device)  # noqa: E731
+    inverse = torch.full((count,), request.inverse, dtype=torch.float32, device=raw.device)
+    maxima, sums, left_sums, _ = _summarised(rows, inverse, stats=False)
+    n_groups, width = maxima.shape[1], request.certain + request.draws
+    ids, logits = new(count, width, dtype=torch.int64), new(count, width, dtype=torch.float32)
+    listed, bounds = new(count, n_groups, dtype=torch.int32), new(count, N_BOUNDS.value, dtype=torch.int32)
+    state = new(count, N_STATE.value, dtype=torch.float64)
+    bias, has_bias, logits_map = _or(rows.bias, maxima), int(rows.bias is not None), rows.factor_and_height()
+    left_maxima, launch = maxima, config.race_launch(n_groups, warp_size)
+    if request.certain:
+        left_maxima = torch.empty_like(maxima)
+        certain_kernel[(count,)](
+            raw, bias, inverse, maxima, left_maxima, left_sums, listed, bounds, ids, logits, raw.stride(0), columns,
+            n_groups, request.certain, width, has_bias, *logits_map, BLOCK=launch.block, MEMBERS=config.MEMBERS,
+            **config.members_launch(warp_size).options, **UNFUSED,
+        )
+    draw_targets_kernel[(count,)](
+        raw, bias, request.seeds, request.keys, request.positions, inverse, maxima, sums, left_maxima, left_sums,
+        listed, new(count, n_groups, dtype=torch.float64), bounds, ids, logits, state, raw.stride(0), columns, n_groups,
+        n_groups.bit_length(), request.draws, request.certain, width, has_bias, *logits_map,
+        CERTAIN=request.certain > 0,
+        BLOCK=launch.block, DRAWS=config.DRAWS, num_warps=config.DRAWS * GROUP // (8 * warp_size), **UNFUSED,
+    )
+    top, mass, peak, total = state.split(1, 1)
+    is_whole = ((total > 0) & (total < torch.inf))[:, 0]
+    write_entries(ids, logits, top, mass, peak.float(), total.log(), is_whole, request, out)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The draws of ``DRAWS.md`` as Triton kernels. A row of logits is read once; the race is between summaries.
 
-First pass, over all of a chunk: each vocabulary group's maximum and sums (of few rows, with the head's product). Second,
-only where there are filters: the key of the last logit that stays, and the sums of what is left. Third, a program a
-row: the race between the groups, the pick inside of the one that won, and the numbers that go with it. Only the group
-that won is looked at again.
+First pass, over all of a chunk: each vocabulary group's maximum and sums (of few rows, with the head's product).
+Second, only where there are filters: the key of the last logit that stays, and the sums of what is left. Third, a
+program a row: the race between the groups, the pick inside of the one that won, and the numbers that go with it. Only
+the group that won is looked at again.
 
 What the contract rounds to fp32 is rounded, so multiplications and additions must not be fused
 (``enable_fp_fusion=False``).
@@ -24,7 +24,13 @@ N_BOUNDS = tl.constexpr(2)
 # What the filters leave of a row: logits with a key above the first number, and those with just that key up to the
 # second id.
 
+N_STATE = tl.constexpr(4)
+# Of a row that is drawn from with replacement, see draw_targets_kernel.
+
 MOST_IDS = tl.constexpr(1 << 24)
+
+TARGETS = tl.constexpr(2)
+"""The purpose of the words of sampled_targets."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,8 +112,9 @@ def head_groups_kernel(
     hidden_stride, weight_stride, stride, n_rows, n_columns, n_hidden, n_groups, has_bias, factor, height,
     STATS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):
-    """The head's product for up to ROWS rows, and the summaries of the one group that this program has of each, while it
-    has them. Moves 2 V H bytes of weights, once, 4 C V of products, which only what follows may read, and 12 G a row."""
+    """The head's product for up to ROWS rows, and the summaries of the one group that this program has of each, while
+    it has them. Moves 2 V H bytes of weights, once, 4 C V of products, which only what follows may read, and 12 G a
+    row."""
     group = tl.program_id(0).to(tl.int64)
     o_j, o_r, o_h = tl.arange(0, GROUP), tl.arange(0, ROWS), tl.arange(0, DEPTH)
     exists, is_row = group * GROUP + o_j < n_columns, o_r < n_rows
@@ -187,6 +194,21 @@ def find_last_key(
         low = tl.where(enough, middle + 1, low)
         high, above = tl.where(enough, high, middle), tl.where(enough, above, beyond)
     return low, above
+
+
+@triton.jit
+def list_groups(maxima_row, groups_row, n_groups, from_key, floor, peak, inverse, BLOCK: tl.constexpr):
+    """Write the groups whose maximum has at least the key and is not below ``floor``; return how many they are."""
+    n_listed = tl.full([], 0, tl.int32)
+    for begin in range(0, n_groups, BLOCK):
+        o_g = begin + tl.arange(0, BLOCK)
+        maximum = tl.load(maxima_row + o_g, mask=o_g < n_groups, other=-float("inf"))
+        reaches = stays(maximum, o_g, from_key, MOST_IDS, floor, peak, inverse)
+        is_listed = (o_g < n_groups) & (maximum > -float("inf")) & reaches
+        place = n_listed + tl.cumsum(is_listed.to(tl.int32), 0) - 1
+        tl.store(groups_row + place, o_g, mask=is_listed)
+        n_listed += tl.sum(is_listed.to(tl.int32), 0)
+    return n_listed
 
 
 @triton.jit
@@ -286,15 +308,10 @@ def filter_kernel(
             maxima_row, bias_ptr, 0, groups_row, n_groups, n_groups, 1.0, 0.0, lowest_key, highest_key,
             top_p * mass, peak, inverse, 0, True, BLOCK,
         )
-    n_listed = tl.full([], 0, tl.int32)
+    floor_of_groups = tl.where((k < n_columns) | (top_p < 1), -float("inf"), floor)
+    n_listed = list_groups(maxima_row, groups_row, n_groups, from_key, floor_of_groups, peak, inverse, BLOCK)
     for begin in range(0, n_groups, BLOCK):
         o_g = begin + o_b
-        maximum = tl.load(maxima_row + o_g, mask=o_g < n_groups, other=-float("inf"))
-        reaches = (k < n_columns) | (top_p < 1) | stays(maximum, o_g, lowest_key, MOST_IDS, floor, peak, inverse)
-        is_listed = (o_g < n_groups) & (maximum > -float("inf")) & (keys_of(maximum, True) >= from_key) & reaches
-        place = n_listed + tl.cumsum(is_listed.to(tl.int32), 0) - 1
-        tl.store(groups_row + place, o_g, mask=is_listed)
-        n_listed += tl.sum(is_listed.to(tl.int32), 0)
         tl.store(race_maxima_row + o_g, tl.full([BLOCK], -float("inf"), tl.float32), mask=o_g < n_groups)
         tl.store(race_sums_row + o_g, tl.zeros([BLOCK], tl.float32), mask=o_g < n_groups)
     tl.debug_barrier()
@@ -472,3 +489,188 @@ def draw_kernel(
         entropy = log_sum - tl.sum(weighted, 0) / row_sum
         tl.store(entropy_ptr + row, tl.where(is_whole, entropy, nan).to(tl.float32))
         tl.store(lse_ptr + row, tl.where(is_whole, peak.to(tl.float64) + log_sum, nan).to(tl.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Draws with replacement
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def largest_of(row_ptr, n, BLOCK: tl.constexpr):
+    """Of the first n numbers; -inf if there are none."""
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
+    for begin in range(0, n, BLOCK):
+        o_n = begin + tl.arange(0, BLOCK)
+        highest = tl.maximum(highest, tl.load(row_ptr + o_n, mask=o_n < n, other=-float("inf")))
+    return tl.max(highest, 0)
+
+
+@triton.jit(do_not_specialize=["n_columns", "certain", "width", "has_bias"])
+def certain_kernel(
+    raw_ptr,  # [C, V], any float dtype
+    bias_ptr,  # [V] fp32
+    inverse_ptr,  # [C] fp32
+    maxima_ptr,  # [C, G] fp32
+    left_maxima_ptr,  # [C, G] fp32: out
+    left_sums_ptr,  # [C, G] fp32: in, of all ids; out, of those that are left
+    groups_ptr,  # [C, G] int32 scratch
+    bounds_ptr,  # [C, 2] int32
+    ids_ptr,  # [C, W] int64
+    logits_ptr,  # [C, W] fp32
+    stride, n_columns, n_groups, certain, width, has_bias, factor, height,
+    BLOCK: tl.constexpr, MEMBERS: tl.constexpr,
+):
+    """The ``certain`` largest logits of a row, by rising id, and the groups' maxima and sums of all others. An id that
+    does not exist has the logit -inf. Found as :func:`filter_kernel` finds what top_k leaves, and as cheaply."""
+    row = tl.program_id(0).to(tl.int64)
+    raw_row, groups_row = raw_ptr + row * stride, groups_ptr + row * n_groups
+    maxima_row, at = maxima_ptr + row * n_groups, row * n_groups
+    inverse = tl.load(inverse_ptr + row)
+    peak = finite_or_zero(largest_of(maxima_row, n_groups, BLOCK))
+    wanted = certain.to(tl.float64)
+    highest_key, lowest_key = keys_of(peak, True), keys_of(-float("inf") + peak, True)
+    from_key, above = find_last_key(
+        maxima_row, bias_ptr, 0, groups_row, n_groups, n_groups, 1.0, 0.0, lowest_key, highest_key, wanted, peak,
+        inverse, 0, False, BLOCK,
+    )
+    n_listed = list_groups(maxima_row, groups_row, n_groups, from_key, -float("inf"), peak, inverse, BLOCK)
+    for begin in range(0, n_groups, BLOCK):
+        o_g = begin + tl.arange(0, BLOCK)
+        maximum = tl.load(maxima_row + o_g, mask=o_g < n_groups, other=-float("inf"))
+        tl.store(left_maxima_ptr + at + o_g, maximum, mask=o_g < n_groups)
+    for begin in range(0, certain, BLOCK):
+        o_k = begin + tl.arange(0, BLOCK)
+        tl.store(ids_ptr + row * width + o_k, tl.zeros([BLOCK], tl.int64), mask=o_k < certain)
+        tl.store(logits_ptr + row * width + o_k, tl.full([BLOCK], -float("inf"), tl.float32), mask=o_k < certain)
+    tl.debug_barrier()
+    n = n_listed * GROUP
+    key, above = find_last_key(
+        raw_row, bias_ptr, has_bias, groups_row, n, n_columns, factor, height, from_key, highest_key, wanted, peak,
+        inverse, GROUP, False, MEMBERS,
+    )
+    last = id_of_nth_equal(
+        raw_row, bias_ptr, has_bias, groups_row, n, n_columns, factor, height, key, certain - above.to(tl.int32),
+        MEMBERS
+    )
+    tl.store(bounds_ptr + row * N_BOUNDS, key)
+    tl.store(bounds_ptr + row * N_BOUNDS + 1, last)
+
+    taken, no_floor = tl.full([], 0, tl.int32), -float("inf")
+    for begin in range(0, n, MEMBERS):
+        o_n = begin + tl.arange(0, MEMBERS)
+        z, columns, mask = load_candidates(
+            raw_row, bias_ptr, has_bias, groups_row, o_n, n, n_columns, factor, height, GROUP
+        )
+        is_taken = mask & (z > -float("inf")) & stays(z, columns, key, last, no_floor, peak, inverse)
+        place = taken + tl.cumsum(is_taken.to(tl.int32), 0) - 1
+        has_room = is_taken & (place < certain)  # keys of NaN may let more through
+        tl.store(ids_ptr + row * width + place, columns.to(tl.int64), mask=has_room)
+        tl.store(logits_ptr + row * width + place, z, mask=has_room)
+        taken += tl.sum(is_taken.to(tl.int32), 0)
+    for begin in range(0, n_listed, MEMBERS // GROUP):
+        o_l = begin + tl.arange(0, MEMBERS // GROUP)
+        o_g = tl.load(groups_row + o_l, mask=o_l < n_listed, other=0)
+        columns = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        exists = (o_l < n_listed)[:, None] & (columns < n_columns)
+        z = load_logits(raw_row, bias_ptr, has_bias, columns, exists, factor, height)
+        z = tl.where(stays(z, columns, key, last, no_floor, peak, inverse), -float("inf"), z)
+        maximum = tl.max(z, 1)
+        total = add_by_halves(tl.exp((z - finite_or_zero(maximum)[:, None]) * inverse))
+        tl.store(left_maxima_ptr + at + o_g, maximum, mask=o_l < n_listed)
+        tl.store(left_sums_ptr + at + o_g, total, mask=o_l < n_listed)
+
+
+@triton.jit(do_not_specialize=["n_columns", "search_steps", "draws", "certain", "width", "has_bias"])
+def draw_targets_kernel(
+    raw_ptr,  # [C, V], any float dtype
+    bias_ptr,  # [V] fp32
+    seeds_ptr,  # [C] int64
+    keys_ptr,  # [C] int64
+    positions_ptr,  # [C] int64
+    inverse_ptr,  # [C] fp32
+    maxima_ptr,  # [C, G] fp32
+    sums_ptr,  # [C, G] fp32
+    left_maxima_ptr,  # [C, G] fp32
+    left_sums_ptr,  # [C, G] fp32
+    groups_ptr,  # [C, G] int32 scratch
+    upto_ptr,  # [C, G] fp64 scratch
+    bounds_ptr,  # [C, 2] int32
+    ids_ptr,  # [C, W] int64
+    logits_ptr,  # [C, W] fp32
+    state_ptr,  # [C, 4] fp64
+    stride, n_columns, n_groups, search_steps, draws, certain, width, has_bias, factor, height,
+    CERTAIN: tl.constexpr, BLOCK: tl.constexpr, DRAWS: tl.constexpr,
+):
+    """Ids that are drawn, each with its logit, behind the row's certain ones; -inf where nothing is left to draw. Moves
+    20 G bytes a row and 12 a draw from and to memory; 128 logits a draw and the search come from cache.
+
+    A row's state: the largest logit that is left, the mass of those relative to it at the temperature; the largest
+    logit of all, and the sum of all relative to it."""
+    row = tl.program_id(0).to(tl.int64)
+    raw_row, at = raw_ptr + row * stride, row * n_groups
+    inverse = tl.load(inverse_ptr + row).to(tl.float64)
+    o_b = tl.arange(0, BLOCK)
+    peak, left_peak = largest_of(maxima_ptr + at, n_groups, BLOCK), largest_of(left_maxima_ptr + at, n_groups, BLOCK)
+    shift, left_shift = finite_or_zero(peak).to(tl.float64), finite_or_zero(left_peak).to(tl.float64)
+
+    # Groups without mass are left out of the list: rounding in the running sum cannot make one of them the first.
+    total, before = tl.zeros([BLOCK], tl.float64), tl.full([], 0.0, tl.float64)
+    n_filled = tl.full([], 0, tl.int32)
+    for begin in range(0, n_groups, BLOCK):
+        o_g = begin + o_b
+        mask = o_g < n_groups
+        fall = tl.load(maxima_ptr + at + o_g, mask=mask, other=-float("inf")).to(tl.float64) - shift
+        total += tl.load(sums_ptr + at + o_g, mask=mask, other=0.0).to(tl.float64) * tl.exp(fall)
+        fall = tl.load(left_maxima_ptr + at + o_g, mask=mask, other=-float("inf")).to(tl.float64) - left_shift
+        left_sum = tl.load(left_sums_ptr + at + o_g, mask=mask, other=0.0).to(tl.float64)
+        mass = tl.where(left_sum > 0, left_sum * tl.exp(fall * inverse), 0.0)
+        place = at + n_filled + tl.cumsum((mass > 0).to(tl.int32), 0) - 1
+        tl.store(groups_ptr + place, o_g, mask=mass > 0)
+        tl.store(upto_ptr + place, before + tl.cumsum(mass, 0), mask=mass > 0)
+        before += tl.sum(mass, 0)
+        n_filled += tl.sum((mass > 0).to(tl.int32), 0)
+    tl.debug_barrier()
+    end = tl.maximum(n_filled - 1, 0)
+    all_left = tl.load(upto_ptr + at + end, mask=n_filled > 0, other=0.0)
+    tl.store(state_ptr + row * N_STATE, left_shift)
+    tl.store(state_ptr + row * N_STATE + 1, all_left)
+    tl.store(state_ptr + row * N_STATE + 2, peak.to(tl.float64))
+    tl.store(state_ptr + row * N_STATE + 3, tl.sum(total, 0))
+
+    key, last = LARGEST_KEY, tl.full([], -1, tl.int32)
+    if CERTAIN:
+        key, last = tl.load(bounds_ptr + row * N_BOUNDS), tl.load(bounds_ptr + row * N_BOUNDS + 1)
+    seed, sequence, position = tl.load(seeds_ptr + row), tl.load(keys_ptr + row), tl.load(positions_ptr + row)
+    o_j = tl.arange(0, GROUP)
+    for begin in range(0, draws, DRAWS):
+        o_d = begin + tl.arange(0, DRAWS)
+        is_draw = (o_d < draws) & (n_filled > 0)
+        w0, w1, w2, w3 = words_of(seed, sequence, position, tl.full([], TARGETS, tl.int32), o_d << 16)
+        u = (w0.to(tl.float64) * 1048576.0 + (w1 >> 12).to(tl.float64) + 0.5) * (1.0 / 4503599627370496.0)
+        target = u * all_left
+        low, high = tl.zeros([DRAWS], tl.int32), tl.zeros([DRAWS], tl.int32) + end
+        for _ in range(0, search_steps):
+            middle = (low + high) // 2
+            is_reached = tl.load(upto_ptr + at + middle, mask=is_draw, other=0.0) > target
+            high = tl.where(is_reached, middle, high)
+            low = tl.where(is_reached, low, tl.minimum(middle + 1, high))
+        group = tl.load(groups_ptr + at + high, mask=is_draw, other=0)
+        upto = tl.load(upto_ptr + at + high, mask=is_draw, other=1.0)
+        passed_over = tl.load(upto_ptr + at + high - 1, mask=is_draw & (high > 0), other=0.0)
+        top = tl.load(left_maxima_ptr + at + group, mask=is_draw, other=0.0).to(tl.float64)
+        columns = group[:, None] * GROUP + o_j[None, :]
+        exists = is_draw[:, None] & (columns < n_columns)
+        z = load_logits(raw_row, bias_ptr, has_bias, columns, exists, factor, height)
+        is_left = z > -float("inf")
+        if CERTAIN:
+            is_left &= ~stays(z, columns, key, last, -float("inf"), peak, inverse)
+        share = tl.where(is_left, tl.exp((z.to(tl.float64) - top[:, None]) * inverse), 0.0)
+        running = tl.cumsum(share, 1)
+        part = (target - passed_over) / (upto - passed_over) * tl.max(running, 1)
+        first = tl.min(tl.where((share > 0) & (running > part[:, None]), columns, MOST_IDS), 1)
+        token = tl.where(first < MOST_IDS, first, tl.max(tl.where(share > 0, columns, 0), 1))
+        logit = tl.max(tl.where(is_left & (columns == token[:, None]), z, -float("inf")), 1)
+        at_draw = row * width + certain + o_d
+        tl.store(ids_ptr + at_draw, token.to(tl.int64), mask=o_d < draws)
+        tl.store(logits_ptr + at_draw, logit, mask=o_d < draws)

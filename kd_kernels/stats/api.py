@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kd_kernels.loss  # noqa: F401  (registers loss_per_token_backward, which is the gradient of a log-probability)
 from kd_kernels import _backend, _check, products
-from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, check_dense, leading_shape, vocab
+from kd_kernels.logits import EnsembleLogits, Logits, check_dense, leading_shape, vocab
 from kd_kernels.loss import driver as loss_driver
 from kd_kernels.loss.plan import Plan, pack, read, unpack
 from kd_kernels.stats import driver
@@ -113,7 +113,8 @@ def token_stats(
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     # Minus the cross-entropy of the ids: the plan of the pass that gives the gradient.
     plan = Plan(
-        where=WHERE, student=description, teacher=("none",), columns=columns, needs_grad=needs_grad, row_inputs=("labels",),
+        where=WHERE, student=description, teacher=("none",), columns=columns, needs_grad=needs_grad,
+        row_inputs=("labels",),
         divergence="forward_kl", temperature=1.0, kd_weight=0.0, ce_weight=1.0, tail="drop", reduction="none",
         ignore_index=NO_ID, stats=(), compact=device.type == "cpu", precision="float32",
         autocast="" if autocast is None else str(autocast).removeprefix("torch."), max_scratch_bytes=max_scratch_bytes,

@@ -24,6 +24,7 @@ def stat_rows(rows: RawRows, ids: Tensor, out: RowStats) -> None:
     assert ids.dtype == torch.int64 and ids.is_contiguous()
     run = getattr(extension(), {torch.float32: "token_stats_fp32", torch.float64: "token_stats_fp64"}[raw.dtype])
     run(
-        logits=rows.addresses(), rows=raw.shape[0], vocab=raw.shape[1], ids=ids.data_ptr(), threads=torch.get_num_threads(),
+        logits=rows.addresses(), rows=raw.shape[0], vocab=raw.shape[1], ids=ids.data_ptr(),
+        threads=torch.get_num_threads(),
         **{name: field.data_ptr() for name, field in out._asdict().items()},
     )

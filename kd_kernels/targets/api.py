@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd_kernels import _backend, _check, products
-from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, SparseTargets, check_dense, vocab
+from kd_kernels.logits import Logits, SparseTargets, check_dense, vocab
 from kd_kernels.targets.truncated import INFINITE, NOT_A_NUMBER, Truncated
 
 WHERE = "topk_targets"

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    LARGEST_KEY, LEAST_KEY, LOWEST, finite_or_zero, keys_of, load_block, load_candidates,
+    LARGEST_KEY, LOWEST, finite_or_zero, keys_of, load_block, load_candidates,
 )
 
 INFINITE = tl.constexpr(-1)

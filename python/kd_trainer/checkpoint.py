@@ -4,8 +4,8 @@
                                  run.json        step and identity of the run
                                  optimizer.pt    state of AdamW
                                  objectives.pt   parameters that the method trains beside the student's
-                                 tokens.pt       replay buffer and schedule of the method's token source, of every process
-                                 rng.pt          torch's generators, host and devices, of every process
+                                 tokens.pt       replay buffer and schedule of the method's token source, a process
+                                 rng.pt          torch's generators, host and devices, a process
 
 The final ``model/`` has none of the last four; where the method trained something beside the student (an adapter, a
 fusion layer), it is in ``objectives.safetensors``, named ``<tag>.<parameter>``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ from kd_trainer.study import cli as study_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0; 1 if a check that was asked for failed; or 2 for a mistake of the user, which is told in
-    one line on stderr."""
+    """Run one command. Returns 0; 1 if a check that was asked for failed; or 2 for a mistake of the user, which is told
+    in one line on stderr."""
     arguments = _parser().parse_args(argv)
     from kd_kernels.cache import CacheError
 
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        _leave_group()
+        return status
     except (ValueError, OSError, CacheError) as error:
         if arguments.traceback:
             raise
@@ -31,6 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kdk: interrupted; the same command goes on from what was saved", file=sys.stderr)
         return 130
+
+
+def _leave_group() -> None:
+    """Destroy the launcher's group of processes, if there is one, while the interpreter is whole.
+
+    A thread of gloo that lets go of a tensor while Python is being taken down asks for the GIL, and the process aborts.
+    Destroying the group ends its threads, once nothing else holds it: a wrapped model is in a cycle, which is collected
+    first. Not after an error: the threads may be waiting for a process that is not coming.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:

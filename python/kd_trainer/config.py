@@ -1,13 +1,15 @@
 """A run, written down: frozen dataclasses, read from YAML, overridden by ``key=value``.
 
 A key that does not exist is an error that lists those that do, and the complete configuration, every default
-included, is written into the run's folder.
+included, is written into the run's folder. What a method's paper decides stands wherever nothing else was written, in
+YAML as in Python: ``Config(method="skd", rollout=RolloutConfig(max_new_tokens=64))`` draws at the temperature of SKD.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,12 +20,13 @@ import yaml
 from kd_kernels import divergences
 from kd_trainer import registry
 from kd_trainer.errors import check_one_of, check_positive, fail
+from kd_trainer.section import Section
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Section):
     model: str | None = None  # a name, a folder, or "smollm2-135m-instruct"
     dtype: str = "float32"
     fingerprint: str | None = None  # expected of the model and of the cache; None: not checked
@@ -33,7 +36,7 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Section):
     model: str | None = None  # a name or a folder, such as a checkpoint of another run
     layers: tuple[int, ...] | None = None  # or: these layers of the teacher, and all the rest of it
     dtype: str = "float32"  # of the weights that the optimiser sees; train.precision is what is computed in
@@ -43,7 +46,7 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     source: str = ""  # text, .jsonl, .jsonl.gz: a file, a folder or a pattern; a datasets name or folder; wiki-intros
     split: str = "train"  # of a datasets source
     text_field: str = "text"
@@ -70,7 +73,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Section):
     divergence: str = "forward_kl"
     kd_weight: float = 1.0
     ce_weight: float = 0.0
@@ -88,11 +91,12 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Section):
     """How methods that train on generated text generate it."""
 
     max_new_tokens: int = 128
-    prompt_tokens: int | None = None  # of a text without a prompt: so many first tokens are one; None: such texts are refused
+    # Of a text without a prompt: so many first tokens are one; None: such texts are refused.
+    prompt_tokens: int | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -110,7 +114,7 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section):
     lr: float = 3e-4  # AdamW, at the peak
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -129,7 +133,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     steps: int | None = None  # None: as many as `epochs` take
     epochs: float = 1.0
     batch_tokens: int = 8192  # of one optimiser step, over all micro-batches and processes
@@ -159,6 +163,7 @@ class Config:
     method: str = "kd"  # a name that kdk methods lists
     cache: str | None = None  # folder of the teacher's cache; None: the teacher is run
     tokenizer: str | None = None  # None: the teacher's, or where there is no teacher the student's
+    imports: tuple[str, ...] = ()  # modules to import first: they register methods of one's own
     seed: int = 0
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     more_teachers: tuple[TeacherConfig, ...] = ()  # of methods that have several
@@ -171,13 +176,15 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        for module in self.imports:
+            _import(module)
         method = registry.spec(self.method)
-        options = method.options() if self.options is None else self.options
-        if isinstance(options, dict):
-            options = from_tree(method.options, options, "options.")
-        if type(options) is not method.options:
-            fail("config", "options", f"those of method {self.method}", type(options).__name__)
-        object.__setattr__(self, "options", options)
+        for name, values in method.defaults.items():
+            if name != "options":
+                section = getattr(self, name)
+                decided = from_tree(type(section), values, f"{name}.")
+                object.__setattr__(self, name, section.elsewhere(decided))
+        object.__setattr__(self, "options", self._options(method))
         if not self.out:
             fail("config", "out", "the folder of the run", repr(self.out))
         if not 0 <= self.seed < 2**31:
@@ -192,6 +199,24 @@ class Config:
         if self.student.layers is not None and self.teacher.model is None:
             fail("config", "teacher.model", "given when the student is cut from its layers", None)
         method.check(self)
+
+    def _options(self, method: registry.MethodSpec) -> object:
+        """The method's settings, from an object of their class or from a mapping of those that were written."""
+        options, decided = self.options, method.defaults.get("options", {})
+        if options is None or isinstance(options, dict):
+            return from_tree(method.options, decided | (options or {}), "options.")
+        if type(options) is not method.options:
+            fail("config", "options", f"those of method {self.method}", type(options).__name__)
+        return options.elsewhere(method.options(**decided)) if decided else options
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # it is there, and lacks another
+            raise
+        fail("config", "imports", "modules that Python finds", repr(module), "put its folder into PYTHONPATH")
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -224,11 +249,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     return from_tree(Config, tree)
 
 
-def from_tree(kind: type, tree: dict, prefix: str = ""):
-    """A config dataclass from nested dicts, with every key and type checked; what a method's paper decides stands in
-    for what a :class:`Config` leaves out."""
-    if kind is Config:
-        tree = _merged(registry.spec(tree.get("method", Config.method)).defaults, tree)
+def from_tree(kind: type, tree: typing.Mapping, prefix: str = ""):
+    """A config dataclass from nested dicts, with every key and type checked."""
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in tree.items():
@@ -240,12 +262,6 @@ def from_tree(kind: type, tree: dict, prefix: str = ""):
             )
         values[key] = _convert(value, hints[key], f"{prefix}{key}")
     return kind(**values)
-
-
-def _merged(defaults: typing.Mapping, tree: typing.Mapping) -> dict:
-    """``tree``, with keys of ``defaults`` where it has none, section by section."""
-    both = {key: _merged(defaults[key], tree[key]) for key in defaults.keys() & tree.keys() if isinstance(tree[key], dict)}
-    return {**defaults, **tree, **both}
 
 
 def _convert(value: object, hint: object, name: str) -> object:

@@ -175,9 +175,9 @@ def datasets_records(source: str, split: str) -> Iterable[dict]:
 def tokenize(texts: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Document]:
     """Documents of at most ``max_length`` tokens.
 
-    A text is split into consecutive documents. A prompt with its completion stays one document, and so does a chat: it is cut
-    at ``max_length``, and left out when no token that counts remains. Token ids are taken as they are. Documents of one token
-    predict nothing and are left out.
+    A text is split into consecutive documents. A prompt with its completion stays one document, and so does a chat: it
+    is cut at ``max_length``, and left out when no token that counts remains. Token ids are taken as they are. Documents
+    of one token predict nothing and are left out.
     """
     eos = []
     if config.append_eos:
@@ -196,7 +196,10 @@ def tokenize(texts: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config
                     documents += _masked(*encode_chat(record, tokenizer), config, "chat")
                 elif isinstance(record, Tokens):
                     if len(record.ids) > config.max_length:
-                        fail("tokenize", "data.max_length", f"at least the {len(record.ids)} ids of a record", config.max_length)
+                        fail(
+                            "tokenize", "data.max_length", f"at least the {len(record.ids)} ids of a record",
+                            config.max_length,
+                        )
                     documents += _masked(record.ids, record.counted, config, "tokens", record.layout)
                 elif record.prompt:
                     ids = torch.tensor((head + tail + eos)[: config.max_length])
@@ -257,7 +260,8 @@ class Batch:
         return self.rows[lengths.cumsum(0).to(self.rows.device)].tolist()
 
     def spread(self, values: Tensor) -> Tensor:
-        """``[N]`` out of ``[M]`` for the rows that count: NaN in the others, as :func:`kd_kernels.kd_loss` has its statistics."""
+        """``[N]`` out of ``[M]`` for the rows that count: NaN in the others, as :func:`kd_kernels.kd_loss` has its
+        statistics."""
         return torch.full_like(self.labels, torch.nan, dtype=values.dtype).index_copy(0, self.counted, values)
 
     def places(self) -> tuple[Tensor, Tensor]:
@@ -313,7 +317,9 @@ def collate(documents: Sequence[Document], row_length: int, packing: bool = True
 
     rows = torch.cat([first + torch.arange(len(document) - 1) for first, document in zip(first_row, documents)])
     counts = torch.cat([document.counted for document in documents])
-    labels = torch.cat([d.tokens[1:] if d.labels is None else d.labels for d in documents]).masked_fill(~counts, IGNORED)
+    labels = torch.cat(
+        [d.tokens[1:] if d.labels is None else d.labels for d in documents]
+    ).masked_fill(~counts, IGNORED)
     return Batch(tuple(documents), input_ids, position_ids, rows, labels, counts.nonzero().squeeze(1))
 
 

@@ -78,7 +78,8 @@ class CausalLM(nn.Module):
         return output.last_hidden_state.flatten(0, 1)[batch.rows]
 
     def hidden_of_layers(self, batch: Batch) -> Tensor:
-        """``[L, N, H]``: what each layer leaves, after the final norm, at the rows of the batch; the last is :meth:`hidden`."""
+        """``[L, N, H]``: what each layer leaves, after the final norm, at the rows of the batch; the last is
+        :meth:`hidden`."""
         decoder = self.model.get_decoder()
         output = decoder(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True
@@ -114,9 +115,10 @@ class CausalLM(nn.Module):
 
     def logits_of(self, hidden: Tensor) -> LinearLogits:
         """What stands for the logits of hidden states ``[..., H]`` that the final norm has been applied to."""
+        head = self.head  # which transformers looks for at length
         return LinearLogits(
-            hidden, self.head.weight, getattr(self.head, "bias", None),
-            scale=self.scale, softcap=self.softcap, valid_vocab=self.valid_vocab,
+            hidden, head.weight, getattr(head, "bias", None), scale=self.scale, softcap=self.softcap,
+            valid_vocab=self.valid_vocab,
         )
 
     def forward(self, batch: Batch) -> LinearLogits:
@@ -206,7 +208,9 @@ def rows_of(logits: LinearLogits | EnsembleLogits, rows: Tensor) -> LinearLogits
     """The given rows (int64) of a noun."""
     if isinstance(logits, EnsembleLogits):
         weights = logits.weights[rows] if isinstance(logits.weights, Tensor) else logits.weights
-        return dataclasses.replace(logits, members=tuple(rows_of(member, rows) for member in logits.members), weights=weights)
+        return dataclasses.replace(
+            logits, members=tuple(rows_of(member, rows) for member in logits.members), weights=weights
+        )
     return dataclasses.replace(logits, hidden=logits.hidden[rows])
 
 
@@ -373,7 +377,10 @@ def bos_policy(tokenizer: PreTrainedTokenizerBase) -> str:
         return "none"
     at = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), None)
     if at is None:
-        fail("bos_policy", "the tokenizer", "one that puts special tokens around a text", f"{outer} for 'a', which is {inner}")
+        fail(
+            "bos_policy", "the tokenizer", "one that puts special tokens around a text",
+            f"{outer} for 'a', which is {inner}"
+        )
     return " ".join(map(str, [*outer[:at], "text", *outer[at + len(inner) :]]))
 
 

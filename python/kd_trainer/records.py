@@ -56,7 +56,8 @@ class Tokens(Record):
 
     Args:
         ids: L of them.
-        labels: L of them, ``ids`` again with -100 at tokens that are not learned (not shifted, as transformers has them).
+        labels: L of them, ``ids`` again with -100 at tokens that are not learned (not shifted, as transformers has
+            them).
         layout: lengths of the documents of a packed sequence, none of which sees another; None: one.
     """
 
@@ -94,7 +95,9 @@ def record_of(fields: dict, config: DataConfig, where: str) -> Record:
     if isinstance(prompt, str) and isinstance(completion, str):
         return Text(completion, prompt)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat(prompt + completion, fields.get("tools"), f"{where}: {config.prompt_field}, {config.completion_field}")
+        return _chat(
+            prompt + completion, fields.get("tools"), f"{where}: {config.prompt_field}, {config.completion_field}"
+        )
     fail(
         WHERE, where,
         f"a record with a string {config.text_field!r}, or {config.prompt_field!r} and {config.completion_field!r}, or "
@@ -104,7 +107,9 @@ def record_of(fields: dict, config: DataConfig, where: str) -> Record:
 
 
 def _chat(messages: object, tools: object, where: str) -> Chat:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
         fail(WHERE, where, "a list of messages, each with a role", repr(messages)[:80])
     if not any(message["role"] == "assistant" for message in messages):
         fail(WHERE, where, "messages with at least one of role assistant", [message["role"] for message in messages])
@@ -140,8 +145,8 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
     inside of such a stretch.
 
     Raises:
-        ValueError: no template; one that fails on these messages, or that writes earlier messages differently once later ones
-            follow, so that no stretch can be named.
+        ValueError: no template; one that fails on these messages, or that writes earlier messages differently once
+            later ones follow, so that no stretch can be named.
     """
     if tokenizer.chat_template is None:
         fail("tokenize", "the tokenizer's chat template", "there for records of messages", "none")
@@ -165,7 +170,8 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
         if not (after.startswith(before) and whole.startswith(after)):
             fail(
                 "tokenize", "the chat template", "one that writes a message the same whatever follows",
-                f"another text up to message {i}", "keep the last exchange of each chat only, or give prompt and completion",
+                f"another text up to message {i}",
+                "keep the last exchange of each chat only, or give prompt and completion",
             )
         spans.append((len(before), len(after)))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,6 +1,7 @@
 """Which methods there are: a name, what it needs, its settings with the paper's defaults, and how it is put together.
 
-A method of one's own, from any module that is imported before the configuration is read::
+A method of one's own, from any module that is imported before the configuration is read, such as those that its
+``imports`` name::
 
     from kd_trainer.registry import MethodSpec, register
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kd_trainer.errors import fail
+from kd_trainer.section import Section
 
 if TYPE_CHECKING:
     from kd_trainer.config import Config
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 NEEDS = {
     "teacher": "a teacher: teacher.model, or cache",
     "optional teacher": "a teacher, if there is one: teacher.model, or cache",
-    "live teacher": "teacher.model: it scores contexts that no cache has seen",
+    "live teacher": "a teacher that runs: teacher.model, not a cache",
     "cache": "cache: the teacher's rows on disk",
     "several teachers": "teacher.model and more_teachers",
     "prompts": "texts with prompts, or rollout.prompt_tokens",
@@ -46,8 +48,9 @@ class MethodSpec:
         source: the paper.
         build: puts it together out of a configuration and what was loaded for it.
         options: frozen dataclass of its own settings; its defaults are the paper's.
-        defaults: other keys of the configuration that the paper decides, as a tree: ``{"objective": {...}}``. What the user
-            writes goes before them.
+        defaults: other keys of the configuration that the paper decides, as a tree: ``{"objective": {...}}``. What the
+            user writes goes before them. Its "options", for classes that several methods share, need a
+            :class:`~kd_trainer.section.Section`.
         needs: keys of :data:`NEEDS`.
     """
 
@@ -70,10 +73,10 @@ class MethodSpec:
         remedy = "method: sft needs neither"
         if "live teacher" in self.needs:
             if not live:
-                remedy = "this method scores contexts that no cache holds" if cached else remedy
-                fail("config", "teacher.model", f"given {where}", None, remedy)
+                fail("config", "teacher.model", f"given {where}", None, "its teacher must run" if cached else remedy)
             if cached:
-                fail("config", "cache", f"absent {where}, which scores contexts that no cache holds", config.cache)
+                holds = "a cache has what one teacher said of known texts"
+                fail("config", "cache", f"absent {where}, whose teacher must run", config.cache, holds)
         elif "cache" in self.needs and not cached:
             fail("config", "cache", f"given {where}", None, "build one with kdk cache build")
         elif "teacher" in self.needs and not live and not cached:
@@ -94,6 +97,9 @@ def register(spec: MethodSpec) -> MethodSpec:
     unknown = set(spec.needs) - set(NEEDS)
     if unknown:
         fail("register", f"needs of {spec.name}", "among " + ", ".join(NEEDS), ", ".join(sorted(unknown)))
+    if "options" in spec.defaults and not issubclass(spec.options, Section):
+        need = "a Section, since defaults decide some of them"
+        fail("register", f"options of {spec.name}", need, spec.options.__name__)
     if spec.name in _specs:
         fail("register", "name", "free", repr(spec.name), "a method of this name is there already")
     _specs[spec.name] = spec
@@ -102,7 +108,8 @@ def register(spec: MethodSpec) -> MethodSpec:
 
 def specs() -> dict[str, MethodSpec]:
     """Every method by its name."""
-    importlib.import_module("kd_trainer.methods")  # each file registers its own; they import the configuration, which imports us
+    # Each file registers its own; they import the configuration, which imports us.
+    importlib.import_module("kd_trainer.methods")
     return dict(sorted(_specs.items()))
 
 

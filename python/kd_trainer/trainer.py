@@ -134,8 +134,8 @@ def train(config: Config) -> Path:
 
 
 def take_step(
-    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, method: Method, config: Config, step: int,
-    is_last: bool,
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, method: Method, config: Config,
+    step: int, is_last: bool,
 ) -> dict[str, float]:
     """One step of the optimiser, from the choice of its texts to the method's schedules.
 
@@ -186,8 +186,8 @@ def accumulate(
         documents: what this process trains on in the step; ``train.accumulation`` micro-batches for each tag.
 
     Returns:
-        ``loss``, the sum over tags of the means over all processes' rows; ``tokens``, the rows that count; and the mean of
-        each statistic, of a method with several tags under ``<tag>/<name>``.
+        ``loss``, the sum over tags of the means over all processes' rows; ``tokens``, the rows that count; and the mean
+        of each statistic, of a method with several tags under ``<tag>/<name>``.
 
     Raises:
         ValueError: no process has a row that counts.
@@ -200,7 +200,10 @@ def accumulate(
     counts = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), "sum").tolist()
     tokens = int(sum(rows for _, rows in counts))
     if not tokens:
-        fail("train", "a step", "left with tokens that count", "none", "were all roll-outs empty? see rollout.* and data.*")
+        fail(
+            "train", "a step", "left with tokens that count", "none",
+            "were all roll-outs empty? see rollout.* and data.*",
+        )
     micro_batches = [
         (tag, part, count)
         for (tag, group), (count, _) in zip(groups.items(), counts)
@@ -309,7 +312,9 @@ def _identity(config: Config, steps: int, student: CausalLM, method: Method) -> 
 
 def _optimizer(module: LossModule, optim: OptimConfig) -> torch.optim.AdamW:
     groups = []
-    for pace, part in ((1.0, module.student), *((objective.pace, objective) for objective in module.objectives.children())):
+    for pace, part in (
+        (1.0, module.student), *((objective.pace, objective) for objective in module.objectives.children())
+    ):
         parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
         groups += [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay, "pace": pace},

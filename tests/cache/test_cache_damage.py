@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builders import Example, assert_holds, assert_rows, example, manifest, write
 
+from cache_builders import Example, assert_holds, assert_rows, example, manifest, write
 from kd_kernels.cache import CacheError, CacheReader, CacheWriter, content_key
 from kd_kernels.cache.codec import RowModel, learn_model
 from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index, encode_model
@@ -355,7 +355,9 @@ def test_model_that_is_none(forged, payload):
     forged.data = forged.header.encode() + encode_model(forged.header.crc, 64, payload)
     forged.begin = len(forged.data)
     forged.block(0, 8)
-    with pytest.raises(CacheError, match="offset 64: (bytes of a model|symbols of a context|end of a model|frequencies)"):
+    with pytest.raises(
+        CacheError, match="offset 64: (bytes of a model|symbols of a context|end of a model|frequencies)"
+    ):
         forged.read()
 
 

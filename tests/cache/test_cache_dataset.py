@@ -13,7 +13,9 @@ from cache_builders import Example, example, manifest, write
 from torch.utils.data import DataLoader
 
 from kd_kernels import kd_loss
-from kd_kernels.cache import CachedBatch, CachedCollator, CachedDataset, CachedItem, CacheError, CacheReader, CacheWriter
+from kd_kernels.cache import (
+    CachedBatch, CachedCollator, CachedDataset, CachedItem, CacheError, CacheReader, CacheWriter,
+)
 from kd_kernels.cache.prefetch import ahead_of
 from kd_kernels.logits import SparseTargets
 
@@ -65,8 +67,9 @@ def test_ahead_takes_no_more_than_it_may():
 
     def items():
         nonlocal taken
-        for taken in range(1, 1000):
-            yield taken
+        for item in range(1, 1000):
+            taken = item
+            yield item
 
     results = ahead_of(lambda item: (done.release(), item)[1], items(), threads=2, depth=5)
     assert next(results) == 1 and taken == 5
@@ -174,7 +177,7 @@ def test_layouts(tmp_path):
 
 def test_what_is_missing_is_missed_before_training(reader, examples):
     sequences = [examples[0].tokens, torch.tensor([1, 2, 3]), examples[1].tokens, torch.tensor([4, 5])]
-    message = "sequences in the cache: expected all 4, found 2 that it lacks, the first of them sequence 1; score them first"
+    message = "sequences in the cache: expected all 4, found 2 that it lacks, the first of them sequence 1; score them"
     with pytest.raises(CacheError, match=message):
         CachedDataset(reader, sequences)
     unchecked = CachedDataset(reader, sequences, check=False)
@@ -205,8 +208,8 @@ def test_a_data_loader(dataset, reader, examples, workers, start):
     """Reshuffled, over two epochs: the same tokens get the same rows, in whatever process and batch they are read."""
     reader.targets(examples[0].tokens)  # a file is open when the workers are made
     loader = DataLoader(
-        dataset, batch_size=3, shuffle=True, num_workers=workers, multiprocessing_context=start, collate_fn=CachedCollator(),
-        generator=torch.Generator().manual_seed(0), persistent_workers=workers > 0,
+        dataset, batch_size=3, shuffle=True, num_workers=workers, multiprocessing_context=start,
+        collate_fn=CachedCollator(), generator=torch.Generator().manual_seed(0), persistent_workers=workers > 0,
     )
     by_tokens = {tuple(item.tokens.tolist()): reader.targets(item.tokens) for item in examples}
     orders = []

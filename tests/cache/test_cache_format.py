@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builders import assert_rows, example, manifest, write
 
 import kd_kernels.cache
+from cache_builders import assert_rows, example, manifest, write
 from kd_kernels.cache import CacheReader, content_key
 from kd_kernels.cache.codec import RowModel
 from kd_kernels.cache.format import IndexEntry, Piece, ShardHeader, encode_block, encode_index, encode_model
 from kd_kernels.cache.shard import Shard
-
 
 # The second reader. It shares no line with the library.
 
@@ -109,7 +108,7 @@ def plain_payload(identity: dict, payload: bytes, model: tuple, rows: int, in_bl
     exact = lambda: struct.unpack("<f", struct.pack("<I", code.bits(32)))[0]  # noqa: E731
     id_of_rank, cut_tail, last_z = list(id_of_rank), 0, {}
     for _ in range(rows):
-        missing, level, fraction, entries, ranks = number(0), 0, 0, [], []
+        missing, level, fraction, rank, entries, ranks = number(0), 0, 0, 0, [], []
         if missing == 0:
             decoded.append(None)
             continue

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builders import manifest
 
+from cache_builders import manifest
 from kd_kernels.cache import content_key
 from kd_kernels.cache.key import FIELDS
 
@@ -19,10 +19,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def test_known_answers():
-    """What other processes, machines and versions of Python must find. A change of these orphans every cache there is."""
+    """What other processes, machines and versions of Python must find. A change of these orphans every cache there
+    is."""
     cache = manifest(vocab=1 << 24, bos_policy="1 text", chat_template="7e3b")
     assert content_key(torch.tensor([0, 1]), cache).hex() == "bced15ed555cb65dab90716823a9b844"
-    assert content_key(torch.tensor([(1 << 24) - 1, 1 << 16, 5]), cache, [2, 1]).hex() == "f9bc2309ee0ae7d8c5e54925debb8367"
+    assert content_key(
+        torch.tensor([(1 << 24) - 1, 1 << 16, 5]), cache, [2, 1]
+    ).hex() == "f9bc2309ee0ae7d8c5e54925debb8367"
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "random"])
@@ -32,7 +35,9 @@ def test_the_same_in_every_process(seed):
         "import torch; from cache_builders import manifest; from kd_kernels.cache import content_key;"
         "print(content_key(torch.arange(100), manifest(), [60, 40]).hex())"
     )
-    environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), *sys.path])}
+    environment = os.environ | {
+        "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), *sys.path])
+    }
     child = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert child.stdout.strip() == content_key(torch.arange(100), manifest(), [60, 40]).hex()
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from cache_builders import Example, cut, example, manifest, write
 from torch import Tensor
 
+from cache_builders import Example, cut, example, manifest, write
 from kd_kernels import kd_loss
 from kd_kernels.cache import CacheReader
 from kd_kernels.cache.masses import with_mass_one
@@ -42,7 +42,9 @@ def test_rounded_rows_have_mass_one_again(tmp_path, step):
     assert shift.abs().max() <= step / 2 + 1e-6
     for row in range(299):
         entries = slice(int(given.offsets[row]), int(given.offsets[row + 1]))
-        assert shift[entries].numel() == 0 or (shift[entries] - shift[entries][0]).abs().max() < 1e-5, "one factor a row"
+        assert shift[entries].numel() == 0 or (
+            shift[entries] - shift[entries][0]
+        ).abs().max() < 1e-5, "one factor a row"
 
 
 def test_a_student_that_is_the_rounded_teacher_has_no_loss(tmp_path):
@@ -74,10 +76,12 @@ def test_a_batch_is_what_its_sequences_are(tmp_path):
 
 
 def test_extreme_rows():
-    """All mass on one id, none left in the tail; nearly all mass in the tail; not cached; more than one after rounding."""
+    """All mass on one id, none left in the tail; nearly all mass in the tail; not cached; more than one after
+    rounding."""
     log = math.log
     targets = SparseTargets(
-        torch.tensor([0, 1, 2, 2, 4]), torch.tensor([3, 3, 1, 2]), torch.tensor([-0.01, log(1e-6), log(0.52), log(0.51)]),
+        torch.tensor([0, 1, 2, 2, 4]), torch.tensor([3, 3, 1, 2]),
+        torch.tensor([-0.01, log(1e-6), log(0.52), log(0.51)]),
         torch.tensor([-math.inf, log(1 - 1e-6), 0.0, log(1e-3)]),
     )
     found = with_mass_one(targets)

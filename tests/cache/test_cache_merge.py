@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builders import Example, assert_holds, assert_rows, example, manifest, write
 
+from cache_builders import Example, assert_holds, assert_rows, example, manifest, write
 from kd_kernels.cache import CacheError, CacheReader, CacheWriter, merge
 
 CACHE = manifest()
@@ -130,8 +130,8 @@ def test_stopped_anywhere_and_merged_again(tmp_path, folders, examples, monkeypa
     merge(folders[:2], tmp_path / "whole")
     total = counted
     for stop in range(1, total + 1, 3):
-        for after in (False, True):
-            counted, stop_at = 0, stop
+        for late in (False, True):
+            counted, stop_at, after = 0, stop, late
             with pytest.raises(Stop):
                 merge(folders[:2], tmp_path / "out")
             stop_at = -1
@@ -151,7 +151,8 @@ def test_stopped_anywhere_and_merged_again(tmp_path, folders, examples, monkeypa
 def test_refuses_other_manifests(tmp_path, folders, field, other):
     cache = manifest(**{field: other})
     write(tmp_path / "other", cache, [example(3, 0, cache)])
-    message = f"manifest.{field}: expected {getattr(CACHE, field)}, found {other}; like {folders[0]}: caches of one identity"
+    found = f"expected {getattr(CACHE, field)}, found {other}; like {folders[0]}: caches of one identity"
+    message = f"manifest.{field}: {found}"
     with pytest.raises(CacheError, match=re.escape(message)) as caught:
         merge([*folders, tmp_path / "other"], tmp_path / "out")
     assert caught.value.path == tmp_path / "other" / "manifest.jsonl"
@@ -173,7 +174,8 @@ def test_refuses_what_is_not_sealed(tmp_path, folders, examples):
         for item in examples:
             writer.add(item.tokens, item.targets)
         writer.flush()
-        message = f"{folders[1]}: shards that are not sealed: expected none, found alive-000000.kdc.tmp; close their writers"
+        found = "expected none, found alive-000000.kdc.tmp; close their writers"
+        message = f"{folders[1]}: shards that are not sealed: {found}"
         with pytest.raises(CacheError, match=re.escape(message)):
             merge(folders, tmp_path / "out")
         with pytest.raises(CacheError, match=re.escape(message)):
@@ -202,7 +204,10 @@ def test_refuses_a_name_that_is_being_written_under(tmp_path, folders):
 
 @pytest.mark.parametrize("folders, out, message", [
     ([], "out", "merge: folders must be at least one, all different from each other and from out, got []"),
-    (["a", "b", "a"], "out", "merge: folders must be at least one, all different from each other and from out, got ['a', 'b', 'a']"),
+    (
+        ["a", "b", "a"], "out",
+        "merge: folders must be at least one, all different from each other and from out, got ['a', 'b', 'a']",
+    ),
     (["a", "out"], "out", "merge: folders must be at least one, all different"),
     (["a", "s3://bucket/b"], "out", "merge: folders must be local paths, got 's3://bucket/b'; copy the folder first"),
     (["a"], "s3://bucket/out", "merge: out must be local paths, got 's3://bucket/out'"),

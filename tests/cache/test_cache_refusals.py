@@ -7,8 +7,8 @@ import re
 
 import pytest
 import torch
-from cache_builders import assert_holds, example, manifest
 
+from cache_builders import assert_holds, example, manifest
 from kd_kernels.cache import CacheError, CacheReader, CacheWriter, content_key
 from kd_kernels.logits import SparseTargets
 

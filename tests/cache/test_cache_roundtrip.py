@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
-from cache_builders import Example, assert_holds, assert_rows, cut, example, in_id_order, manifest, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cache_builders import Example, assert_holds, assert_rows, cut, example, in_id_order, manifest, write
 from kd_kernels.cache import CachedRows, CacheManifest, CacheReader, CacheWriter
 from kd_kernels.logits import SparseTargets
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builders import Example, assert_rows, example, manifest, write
 
+from cache_builders import Example, assert_rows, example, manifest, write
 from kd_kernels.cache import CacheError, CacheReader
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
@@ -46,7 +46,8 @@ def in_memory(folder) -> str:
 @pytest.mark.parametrize("scheme", ["local path", "file", "memory", "chained"])
 def test_every_source_gives_the_same_rows(folder, in_memory, examples, scheme):
     url = {
-        "local path": folder, "file": f"file://{folder}", "memory": in_memory, "chained": f"simplecache::file://{folder}",
+        "local path": folder, "file": f"file://{folder}", "memory": in_memory,
+        "chained": f"simplecache::file://{folder}",
     }[scheme]
     reader = CacheReader(url, teacher=CACHE.teacher)
     assert len(reader) == 4 and reader.bytes == sum(path.stat().st_size for path in folder.glob("*.kdc"))
@@ -83,7 +84,10 @@ def test_a_url_fails_as_closed_as_a_path(in_memory, examples):
 
 
 @pytest.mark.parametrize("url, message", [
-    ("memory://absent/cache", "memory://absent/cache/manifest.jsonl: reading: expected success, found FileNotFoundError"),
+    (
+        "memory://absent/cache",
+        "memory://absent/cache/manifest.jsonl: reading: expected success, found FileNotFoundError",
+    ),
     ("file:///absent/cache", "file:///absent/cache/manifest.jsonl: reading: expected success, found FileNotFoundError"),
     ("nowhere://x", "nowhere://x: opening the file system: expected success, found ValueError: Protocol not known"),
 ])

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_builders import Example, assert_holds, example, manifest, write
 
+from cache_builders import Example, assert_holds, example, manifest, write
 from kd_kernels.cache import CacheError, CacheReader, CacheWriter, recover, writer_name
 from kd_kernels.cache import lock as lock_module
 
@@ -60,7 +60,7 @@ def test_names_differ_where_what_fits_of_them_does_not(monkeypatch):
     names = set()
     hosts = ["node-1", "node.1", "node_1", "x" * 30 + "1", "x" * 30 + "2"]
     for host in hosts:
-        monkeypatch.setattr(platform, "node", lambda: host)
+        monkeypatch.setattr(platform, "node", lambda host=host: host)
         names |= {writer_name(rank) for rank in (0, 1, 10, 99999999)}
     assert len(names) == 4 * len(hosts)
 
@@ -123,7 +123,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    message = "w0.lock: locking the name of the writer: expected success, found No locks available; .*write elsewhere and merge"
+    message = "w0.lock: locking the name of the writer: .*found No locks available; .*write elsewhere and merge"
     with pytest.raises(CacheError, match=message):
         CacheWriter(tmp_path, CACHE)
 
@@ -161,7 +161,9 @@ def test_recover_does_not_decide_about_other_machines(tmp_path, examples, monkey
     killed(folder, examples[:2], "a")
     killed(folder, examples[2:4], "b")
     (folder / "a.lock").write_text("4711 other another-boot")
-    with pytest.raises(CacheError, match="lock of writer a: .*not let go of by process 4711 on other; if that process is dead"):
+    with pytest.raises(
+        CacheError, match="lock of writer a: .*not let go of by process 4711 on other; if that process is dead"
+    ):
         recover(folder)
     assert_holds(folder, CACHE, examples[2:4])
     (folder / "a.lock").unlink()

@@ -1,4 +1,5 @@
-"""The decoder of the cache under a fuzzer that is guided by coverage, with AddressSanitizer and UBSan; for a longer run by hand:
+"""The decoder of the cache under a fuzzer that is guided by coverage, with AddressSanitizer and UBSan; for a longer run
+by hand:
 
     KD_FUZZ_SECONDS=3600 pytest tests/fuzz
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_kernels.cache import CacheManifest, CachedRows
+from kd_kernels.cache import CachedRows, CacheManifest
 from kd_kernels.cache.codec import RowModel, learn_model
 from kd_kernels.logits import SparseTargets
 
@@ -33,7 +34,9 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="fuzz: there
 def build(folder: Path, *sources: Path) -> Path:
     """The fuzzer of these targets."""
     objects = []
-    for source, flags in [(HERE / "driver.cpp", ("-std=c++17", "-O2")), *((source, TARGET_FLAGS) for source in sources)]:
+    for source, flags in [
+        (HERE / "driver.cpp", ("-std=c++17", "-O2")), *((source, TARGET_FLAGS) for source in sources)
+    ]:
         objects.append(folder / f"{source.stem}.o")
         subprocess.run(["g++", *flags, "-c", source, "-o", objects[-1]], check=True, timeout=300)
     subprocess.run(["g++", "-fsanitize=address,undefined", *objects, "-o", folder / "fuzz"], check=True, timeout=300)
@@ -62,7 +65,9 @@ def seed(rows: int, manifest: CacheManifest, ranked: bool) -> bytes:
     counts = torch.randint(manifest.k + 1, (rows,), generator=random)
     ids = torch.cat([torch.randperm(manifest.vocab, generator=random)[:n] for n in counts.tolist()])
     logprobs = torch.cat([
-        (-torch.rand(n, generator=random) * 8 - 1).log_softmax(0).sort(descending=True).values - 0.1 for n in counts.tolist()
+        (
+            -torch.rand(n, generator=random) * 8 - 1
+        ).log_softmax(0).sort(descending=True).values - 0.1 for n in counts.tolist()
     ])
     entries, stored = len(ids), len(manifest.stored_temperatures)
     targets = SparseTargets(
@@ -75,8 +80,8 @@ def seed(rows: int, manifest: CacheManifest, ranked: bool) -> bytes:
     model = learn_model([part], seen, manifest)
     payload = RowModel(model, manifest).encode(part)
     head = struct.pack(
-        "<IIIHHfBBBB", manifest.vocab - 1, entries, len(model), manifest.k, rows, manifest.step_nats, stored, manifest.tail,
-        int(manifest.importance), 0,
+        "<IIIHHfBBBB", manifest.vocab - 1, entries, len(model), manifest.k, rows, manifest.step_nats, stored,
+        manifest.tail, int(manifest.importance), 0,
     )
     return head + model + payload
 

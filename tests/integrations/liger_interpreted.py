@@ -1,5 +1,6 @@
-"""liger-kernel's losses that are Triton kernels, in Triton's interpreter: ``python liger_interpreted.py FILE`` saves loss and
-gradients of each. A process of its own, because TRITON_INTERPRET is read when Triton is imported. Run by test_liger.py."""
+"""liger-kernel's losses that are Triton kernels, in Triton's interpreter: ``python liger_interpreted.py FILE`` saves
+loss and gradients of each. A process of its own, because TRITON_INTERPRET is read when Triton is imported. Run by
+test_liger.py."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ import sys
 import types
 
 import torch
-from loss_cases import IGNORED, ROWS, VOCAB, Case, case
 from torch import Tensor
+
+from loss_cases import IGNORED, ROWS, VOCAB, Case, case
 
 
 def convert_floats() -> None:
-    """Kernels call ``eps.to(tl.float32)``: compiled, a float argument is a scalar with that method, interpreted it is a float."""
+    """Kernels call ``eps.to(tl.float32)``: compiled, a float argument is a scalar with that method, interpreted it is a
+    float."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -38,9 +41,10 @@ def losses(module) -> dict:
             (h @ w.T).log_softmax(-1), teacher(of).log_softmax(-1), of.labels
         )
     for reduction in ("batchmean", "mean", "sum"):
-        found[f"LigerFusedLinearKLDivLoss {reduction}"] = lambda of, h, w, r=reduction: module.LigerFusedLinearKLDivLoss(
-            r, temperature=2.0
-        )(h, w, teacher(of).softmax(-1), of.labels)
+        of_head = module.LigerFusedLinearKLDivLoss(reduction, temperature=2.0)
+        found[f"LigerFusedLinearKLDivLoss {reduction}"] = lambda of, h, w, loss=of_head: loss(
+            h, w, teacher(of).softmax(-1), of.labels
+        )
         found[f"LigerKLDIVLoss {reduction}"] = lambda of, h, w, r=reduction: module.LigerKLDIVLoss(reduction=r)(
             (h @ w.T).log_softmax(-1), teacher(of).softmax(-1)
         )

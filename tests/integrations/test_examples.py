@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(name: str, tmp_path: Path) -> str:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=180
+        [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True, env=env, cwd=tmp_path,
+        timeout=180
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -1,16 +1,16 @@
-"""SmolLM2 through transformers' Trainer: a cut student of a real teacher, against dense logits in float64, and its memory."""
+"""SmolLM2 through transformers' Trainer: a cut student of a real teacher, against dense logits in float64, and its
+memory."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from transformers import TrainingArguments
-from trainers import ARGUMENTS, IGNORED, assert_same, collate, gradient_of, truth
-from transformers_fixtures import NEEDS_SMOLLM2
 
 from kd_trainer import assets
 from kd_trainer.integrations.hf import KDOptions, KDTrainer
 from kd_trainer.models import cut_layers, load_pretrained, load_tokenizer
+from trainers import ARGUMENTS, IGNORED, assert_same, collate, gradient_of, truth
+from transformers_fixtures import NEEDS_SMOLLM2
 
 pytestmark = NEEDS_SMOLLM2
 TEXTS = (

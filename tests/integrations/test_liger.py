@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-import liger_interpreted
 import pytest
 import torch
-from loss_cases import IGNORED, ROWS, VOCAB, Case, case, check, divergence_rows
 
-from processes import launch
-
+import liger_interpreted
 from kd_trainer.integrations import liger
+from loss_cases import IGNORED, ROWS, VOCAB, Case, case, check, divergence_rows
+from processes import launch
 
 BETAS = (0.0, 0.3, 0.5, 1.0)
 
@@ -84,7 +83,10 @@ def test_fused_linear_kl_div_takes_probabilities(reduction: str) -> None:
         rows = divergence_rows(hidden @ weight.T / 2.0, probabilities.to(hidden.dtype).log(), 0.0)
         return rows[of.labels != IGNORED].sum() / divisor
 
-    check(lambda hidden, weight, bias: ours(hidden, weight, probabilities, of.labels), truth, of, "LigerFusedLinearKLDivLoss")
+    check(
+        lambda hidden, weight, bias: ours(hidden, weight, probabilities, of.labels), truth, of,
+        "LigerFusedLinearKLDivLoss",
+    )
 
 
 @pytest.mark.parametrize("log_target", (False, True))
@@ -166,7 +168,10 @@ def test_vocabularies_of_two_sizes_need_valid_vocab() -> None:
 @pytest.mark.parametrize(
     "make, message",
     (
-        (lambda: liger.LigerFusedLinearJSD(jsd_beta=1.5), "LigerFusedLinearJSD: jsd_beta must be a number in 0..1, got 1.5"),
+        (
+            lambda: liger.LigerFusedLinearJSD(jsd_beta=1.5),
+            "LigerFusedLinearJSD: jsd_beta must be a number in 0..1, got 1.5",
+        ),
         (lambda: liger.LigerJSD(beta=-0.1), "LigerJSD: beta must be a number in 0..1"),
         (lambda: liger.LigerFusedLinearKLDivLoss("none"), "reduction must be one of batchmean, mean, sum"),
     ),
@@ -195,7 +200,9 @@ def originals() -> dict[str, type]:
 @pytest.mark.parametrize("name", liger.__all__)
 @pytest.mark.parametrize("method", ("__init__", "forward"))
 def test_signature_is_ligers(name: str, method: str) -> None:
-    theirs, ours = (inspect.signature(getattr(cls, method)).parameters for cls in (originals()[name], getattr(liger, name)))
+    theirs, ours = (
+        inspect.signature(getattr(cls, method)).parameters for cls in (originals()[name], getattr(liger, name))
+    )
     own = [p.name for p in ours.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     assert own == list(theirs)
     for parameter in theirs.values():
@@ -224,7 +231,9 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
     originals()
     here = Path(__file__).resolve().parent
     file = tmp_path_factory.mktemp("liger") / "results.pt"
-    launch([str(here / "liger_interpreted.py"), str(file)], processes=1, folders=[str(here), str(here.parent)], timeout=300)
+    launch(
+        [str(here / "liger_interpreted.py"), str(file)], processes=1, folders=[str(here), str(here.parent)], timeout=300
+    )
     return torch.load(file)
 
 
@@ -245,7 +254,9 @@ def test_what_ligers_kernels_do_with_masked_columns_and_without_rows(interpreted
 
 def test_ligers_chunked_jsd_gives_padding_probability() -> None:
     of = case()
-    theirs, ours = originals()["LigerFusedLinearJSDLoss"](compiled=False), liger.LigerFusedLinearJSDLoss(valid_vocab=VOCAB)
+    theirs, ours = originals()[
+        "LigerFusedLinearJSDLoss"
+    ](compiled=False), liger.LigerFusedLinearJSDLoss(valid_vocab=VOCAB)
     heads = (of.student_hidden.float(), of.student_weight.float(), of.teacher_hidden.float(), of.teacher_weight.float())
     padded = torch.cat([heads[3], torch.zeros(61, heads[3].shape[1])])
     bias = torch.cat([torch.zeros(VOCAB), torch.full((61,), -1e4)])  # the teacher gives its padding nothing

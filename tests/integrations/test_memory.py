@@ -1,4 +1,5 @@
-"""Our line needs less memory than theirs: peaks of resident memory, each in a process of its own, as the README's table has them."""
+"""Our line needs less memory than theirs: peaks of resident memory, each in a process of its own, as the README's table
+has them."""
 
 from __future__ import annotations
 

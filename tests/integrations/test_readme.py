@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainers import ARGUMENTS, collate, examples, lora_of, model, tokenizer, write_cache
 from transformers import Trainer, TrainingArguments
 
 from kd_kernels import LinearLogits
 from kd_kernels.testing import linear_pair
+from trainers import ARGUMENTS, collate, examples, lora_of, model, tokenizer, write_cache
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 SECTION = README.read_text().split("## In the trainer that you have")[1].split("\n## ")[0]
@@ -77,7 +77,8 @@ def names_of_transformers(block: str, folder: Path) -> dict[str, object]:
 def names_of_losses() -> dict[str, object]:
     pair = linear_pair(24, 67, 12, 20)
     return dict(
-        student_hidden=pair.student_hidden.float().requires_grad_(), student_weight=pair.student_weight.float().requires_grad_(),
+        student_hidden=pair.student_hidden.float().requires_grad_(),
+        student_weight=pair.student_weight.float().requires_grad_(),
         teacher_hidden=pair.teacher_hidden.float(), teacher_weight=pair.teacher_weight.float(),
         labels=torch.arange(24), LinearLogits=LinearLogits,
     )

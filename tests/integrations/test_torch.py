@@ -7,10 +7,10 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import IGNORED, VOCAB, case, check
 
 from kd_kernels import LinearLogits
 from kd_trainer.integrations import torch as ours
+from loss_cases import IGNORED, VOCAB, case, check
 
 
 @pytest.mark.parametrize("log_target", (False, True))
@@ -26,7 +26,7 @@ def test_kl_div(reduction: str, log_target: bool) -> None:
 
     for given in (lambda z: z, lambda z: z.log_softmax(-1)):  # logits do as well as log-probabilities
         check(
-            lambda hidden, weight, bias: ours.kl_div(
+            lambda hidden, weight, bias, given=given: ours.kl_div(
                 given(hidden @ weight.T), target, reduction=reduction, log_target=log_target
             ).sum(),
             truth, of, "kl_div",
@@ -104,10 +104,16 @@ def test_bad_arguments() -> None:
     for call, message in (
         (lambda: ours.kl_div(head, head, log_target=True), "kl_div: target must be without requires_grad"),
         (lambda: ours.kl_div(head, LinearLogits(of.teacher_hidden, of.teacher_weight)), "log_target must be True"),
-        (lambda: ours.kl_div(head, of.teacher_logits(torch.float32), reduction="none", log_target=True), "other than none"),
+        (
+            lambda: ours.kl_div(head, of.teacher_logits(torch.float32), reduction="none", log_target=True),
+            "other than none",
+        ),
         (lambda: ours.kl_div(head, head, reduce=True), "size_average and reduce must be None"),
         (lambda: ours.linear_cross_entropy(hidden, weight, of.labels, reduction="max"), "reduction must be one of"),
-        (lambda: ours.linear_cross_entropy(hidden, weight, of.labels, label_smoothing=2.0), "label_smoothing must be in 0..1"),
+        (
+            lambda: ours.linear_cross_entropy(hidden, weight, of.labels, label_smoothing=2.0),
+            "label_smoothing must be in 0..1",
+        ),
         (
             lambda: ours.linear_cross_entropy(hidden, weight, of.labels, label_smoothing=0.1, weight=weight[:, 0]),
             "weight must be None with label_smoothing",

@@ -6,10 +6,10 @@ import inspect
 
 import pytest
 import torch
-from loss_cases import IGNORED, ROWS, case, check
 
 from kd_kernels import LinearLogits
 from kd_trainer.integrations import torchtune as ours
+from loss_cases import IGNORED, ROWS, case, check
 
 PLAIN = ("ForwardKLLoss", "ReverseKLLoss", "SymmetricKLLoss")
 CHUNKED = ("ForwardKLWithChunkedOutputLoss", "ReverseKLWithChunkedOutputLoss", "SymmetricKLWithChunkedOutputLoss")
@@ -64,7 +64,9 @@ def test_chunked(name: str) -> None:
         LinearLogits(chunk, weight) for chunk in hidden.reshape(batch, ROWS // batch, -1).chunk(chunks, dim=1)
     ]
     check(
-        lambda hidden, weight, bias: loss(of_head(hidden, weight), of_head(of.teacher_hidden, of.teacher_weight), labels),
+        lambda hidden, weight, bias: loss(
+            of_head(hidden, weight), of_head(of.teacher_hidden, of.teacher_weight), labels
+        ),
         truth_of(name, of, int((of.labels != IGNORED).sum())), of, f"{name} of a head",
     )
     with pytest.raises(ValueError, match="student_logits and teacher_logits must be lists of 6 chunks like the labels"):

@@ -1,4 +1,5 @@
-"""TRL's trainers with our loss and with their own, on the same data: gradients against float64, curves, refusals, patching."""
+"""TRL's trainers with our loss and with their own, on the same data: gradients against float64, curves, refusals,
+patching."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from kd_trainer.integrations import trl as ours  # noqa: E402
 from kd_trainer.integrations.trl import KDLossMixin, KDOptions, kd_losses  # noqa: E402
 
 BETAS = {0.0: "forward_kl", 0.5: "jsd(beta=0.5)", 1.0: "reverse_kl"}
-OFF_POLICY = {"gkd": (ours.GKDTrainer, TheirGKDTrainer, GKDConfig), "gold": (ours.GOLDTrainer, TheirGOLDTrainer, GOLDConfig)}
+OFF_POLICY = {
+    "gkd": (ours.GKDTrainer, TheirGKDTrainer, GKDConfig), "gold": (ours.GOLDTrainer, TheirGOLDTrainer, GOLDConfig)
+}
 """Our class, TRL's, its configuration."""
 
 
@@ -59,8 +62,11 @@ def gkd(cls, tmp_path, student, teacher, kind=GKDConfig, rows=8, processing_clas
     )
 
 
-def off_policy(name: str, tmp_path, student, teacher=None, whose: str = "ours", kd: dict | None = None, **changes) -> tuple:
-    """Loss and gradients of one step by ``GKDTrainer`` or ``GOLDTrainer`` at temperature 1, with further configuration."""
+def off_policy(
+    name: str, tmp_path, student, teacher=None, whose: str = "ours", kd: dict | None = None, **changes
+) -> tuple:
+    """Loss and gradients of one step by ``GKDTrainer`` or ``GOLDTrainer`` at temperature 1, with further
+    configuration."""
     mine, theirs, kind = OFF_POLICY[name]
     config = gkd_config(tmp_path, kind, **({"temperature": 1.0, "beta": 0.5} | changes))
     cls = mine if whose == "ours" else theirs
@@ -163,7 +169,7 @@ def test_context_manager_patches_and_restores(tmp_path, name: str) -> None:
     outside = gkd(theirs, tmp_path, model(1), teacher, config=config)
     assert "compute_loss" not in vars(outside)
     with pytest.raises(ZeroDivisionError), kd_losses():
-        1 / 0
+        raise ZeroDivisionError
     assert theirs.__init__ is before
 
 
@@ -210,7 +216,9 @@ def distillation(cls, tmp_path, student, teacher, beta=0.5, **kwargs):
             bf16=False, gradient_checkpointing=False, beta=beta, max_completion_length=12, temperature=0.8
         ) | kwargs.pop("args", {})),
     )
-    prompts = Dataset.from_list([{"prompt": text} for text in ("the small cat sees ", "the dog ", "a lamp ", "the river ")] * 2)
+    prompts = Dataset.from_list(
+        [{"prompt": text} for text in ("the small cat sees ", "the dog ", "a lamp ", "the river ")] * 2
+    )
     return cls(
         model=student, teacher_model=teacher, args=config, train_dataset=prompts, processing_class=tokenizer(), **kwargs
     )
@@ -250,7 +258,9 @@ def test_distillation_trainer_of_a_lora_student_is_theirs(tmp_path) -> None:
 def test_distillation_trainer_evaluates_as_theirs(tmp_path) -> None:
     losses = []
     for cls in (ours.DistillationTrainer, trl.DistillationTrainer):
-        trainer = distillation(cls, tmp_path, model(1), model(2), eval_dataset=Dataset.from_list([{"prompt": "the river "}]))
+        trainer = distillation(
+            cls, tmp_path, model(1), model(2), eval_dataset=Dataset.from_list([{"prompt": "the river "}])
+        )
         torch.manual_seed(0)
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -270,7 +280,9 @@ def test_models_by_their_folders_and_no_arguments(tmp_path, monkeypatch) -> None
     """As in TRL's own first example. The tokenizers are compared, though none was given."""
     monkeypatch.chdir(tmp_path)
     for module in (ours, distillation_trainer):  # whose default, bf16, transformers refuses where there is no GPU
-        monkeypatch.setattr(module, "DistillationConfig", functools.partial(DistillationConfig, use_cpu=True, report_to=[]))
+        monkeypatch.setattr(
+            module, "DistillationConfig", functools.partial(DistillationConfig, use_cpu=True, report_to=[])
+        )
     other = tokenizer()
     other.add_tokens(["<other>"])
     for name, seed, saved in (("student", 1, tokenizer()), ("teacher", 2, tokenizer()), ("stranger", 3, other)):
@@ -297,7 +309,9 @@ def test_models_by_their_folders_and_no_arguments(tmp_path, monkeypatch) -> None
 def test_distillation_trainer_with_another_divergence_differs_and_runs(tmp_path) -> None:
     student = model(1)
     kd = KDOptions("total_variation", ce_weight=0.1, top_k=16)
-    loss, gradient = gradient_of(lambda: distillation(ours.DistillationTrainer, tmp_path, student, model(2), kd=kd), student)
+    loss, gradient = gradient_of(
+        lambda: distillation(ours.DistillationTrainer, tmp_path, student, model(2), kd=kd), student
+    )
     assert 0 < loss and all(g.isfinite().all() and g.any() for n, g in gradient.items() if "lm_head" in n)
 
 
@@ -306,7 +320,8 @@ def test_gkd_on_policy_generates_as_before(tmp_path) -> None:
     for cls in (ours.GKDTrainer, TheirGKDTrainer):
         student = model(1)
         config = gkd_config(tmp_path, beta=0.5, lmbda=1.0, max_new_tokens=8)
-        losses.append(gradient_of(lambda: gkd(cls, tmp_path, student, model(2), config=config), student)[0])  # noqa: B023
+        trainer = lambda: gkd(cls, tmp_path, student, model(2), config=config)  # noqa: B023, E731
+        losses.append(gradient_of(trainer, student)[0])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -366,6 +381,10 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, cache) -> None:
     make = lambda **kwargs: gkd(ours.GKDTrainer, tmp_path, model(1), **({"teacher": teacher} | kwargs))  # noqa: E731
     for call, message in (
         (lambda: make(teacher=None), "GKDTrainer: teacher_model must be given, or cache, got None"),
+        (
+            lambda: distillation(ours.DistillationTrainer, tmp_path, model(1), None),
+            "DistillationTrainer: teacher_model must be given, got None",
+        ),
         (lambda: ours.GKDTrainer(model(1), teacher), "GKDTrainer: args must be given, got None"),
         (lambda: ours.GKDTrainer(args=config(), teacher_model=teacher), "GKDTrainer: model must be given, got None"),
         (lambda: make(compute_metrics=len), "GKDTrainer: compute_metrics must be None, got given; there are no logits"),
@@ -380,7 +399,8 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, cache) -> None:
         (lambda: make(teacher=str(folder)), "must be that of the tokenizer in use"),
         (
             lambda: gkd(
-                ours.GOLDTrainer, tmp_path, model(1), teacher, config=gkd_config(tmp_path, GOLDConfig, use_uld_loss=True)
+                ours.GOLDTrainer, tmp_path, model(1), teacher,
+                config=gkd_config(tmp_path, GOLDConfig, use_uld_loss=True)
             ),
             "GOLDTrainer: use_uld_loss must be False",
         ),

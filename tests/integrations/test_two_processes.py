@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from processes import launch
 from trainers import assert_same, assert_step, examples, lora_of, model, truth
 

@@ -8,9 +8,9 @@ import re
 import sys
 
 import pytest
-from trainers import lora_of, model
 
 from kd_trainer.integrations.hf import KDCallback
+from trainers import lora_of, model
 
 installed = importlib.metadata.version
 
@@ -38,7 +38,9 @@ def import_anew(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
         ("trl", "trl", "1.17.0", "1.16.*"), ("trl", "transformers", "4.57.1", "5.23.*"),
     ),
 )
-def test_another_version_is_refused_on_import(monkeypatch, module: str, package: str, version: str, tested: str) -> None:
+def test_another_version_is_refused_on_import(
+    monkeypatch, module: str, package: str, version: str, tested: str
+) -> None:
     if module == "trl":
         pytest.importorskip("trl", reason="trl is not installed")
     pretend(monkeypatch, package, version)

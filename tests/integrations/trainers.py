@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import oracles
 from kd_kernels import divergences, topk_targets
 from kd_kernels.cache import CacheManifest, CacheWriter
 from kd_trainer.models import tokenizer_fingerprint
@@ -74,7 +74,8 @@ def truth(
         t = teacher(**inputs).logits[:, :-1][counted]
     named = divergences.parse(divergence)
     loss = oracles.kd_loss(
-        z, t if top_k is None else oracles.topk(t / temperature, top_k), named.name, dict(named.params) | dict(named.options),
+        z, t if top_k is None else oracles.topk(t / temperature, top_k), named.name,
+        dict(named.params) | dict(named.options),
         labels=labels[counted], ce_weight=ce_weight, temperature=temperature, tail=tail,
     )
     loss.backward()

@@ -1,4 +1,5 @@
-"""One of two processes over gloo: ``python two_processes.py FILE`` trains one step by every trainer and saves what each took.
+"""One of two processes over gloo: ``python two_processes.py FILE`` trains one step by every trainer and saves what each
+took.
 
 Run by test_two_processes.py. ``fsdp2`` shards the model with ``fully_shard``, the head on its own, and saves gradients:
 accelerate knows FSDP on accelerators alone.
@@ -7,15 +8,16 @@ accelerate knows FSDP on accelerators alone.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 
 import torch
-from trainers import ARGUMENTS, collate, examples, gradient_of, model, tokenizer, write_cache
 from transformers import TrainingArguments
 
 from kd_trainer.integrations.hf import ADAPTER_OFF, KDOptions, KDTrainer
+from trainers import ARGUMENTS, collate, examples, gradient_of, model, tokenizer, write_cache
 
 JSD = KDOptions("jsd(beta=0.5)")
 Result = tuple[float, dict[str, torch.Tensor]]
@@ -46,9 +48,8 @@ def lora() -> Result:
 
 
 def gkd(whose: str, gold: bool = False) -> Result:
-    from test_trl import GKDConfig, GOLDConfig, TheirGKDTrainer, dataset, gkd_config, padded
-
     from kd_trainer.integrations import trl
+    from test_trl import GKDConfig, GOLDConfig, TheirGKDTrainer, dataset, gkd_config, padded
 
     options = dict(per_device_train_batch_size=4, ddp_find_unused_parameters=False, beta=0.5, temperature=1.0)
     args = gkd_config(tempfile.mkdtemp(), GOLDConfig if gold else GKDConfig, **options)
@@ -72,8 +73,8 @@ def distillation(whose: str) -> Result:
 
 
 def fsdp2() -> tuple[float, dict[str, torch.Tensor], int]:
-    """As accelerate applies it, but with the head a group of its own: it is sharded when the loss needs it. Third, how often
-    a DTensor was gathered, which is for the head alone: FSDP gathers its groups by collectives of its own."""
+    """As accelerate applies it, but with the head a group of its own: it is sharded when the loss needs it. Third, how
+    often a DTensor was gathered, which is for the head alone: FSDP gathers its groups by collectives of its own."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.debug import CommDebugMode
@@ -126,4 +127,9 @@ if __name__ == "__main__":
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[1])
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    sys.stdout.flush(), sys.stderr.flush()
+    # gloo's threads outlive destroy_process_group(), because torch keeps the group where nothing of ours reaches
+    # (default arguments of torch.distributed.nn.functional, DTensor's caches). One that lets go of a tensor while
+    # Python is being taken down asks for the GIL, and the process aborts: "terminate called without an active
+    # exception"
+    os._exit(0)

@@ -15,7 +15,8 @@ def test_cross_entropy_without_a_teacher(backend, reduction):
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
     labels = torch.tensor([3, -100, 36, 0, 5])
     loss = kd_loss(
-        LinearLogits(hidden, weight), None, kd_weight=0.0, ce_weight=1.0, labels=labels, reduction=reduction, backend=backend
+        LinearLogits(hidden, weight), None, kd_weight=0.0, ce_weight=1.0, labels=labels, reduction=reduction,
+        backend=backend
     ).loss
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction=reduction)
     torch.testing.assert_close(loss, expected)
@@ -39,7 +40,8 @@ def test_rounded_rows_keep_a_finite_tail_at_other_temperatures(backend, temperat
     _, logits = logits_pair("near_0.3", 50, 400)
     exact = topk_targets(logits, 350, temperatures=(1.0, temperature))
     up = SparseTargets(  # as a cache may round: every entry up by half a step of 1/16
-        exact.offsets, exact.ids, (exact.logprobs + 1 / 32).clamp(max=0), exact.tail_logprob, None, exact.temperatures, exact.log_z
+        exact.offsets, exact.ids, (exact.logprobs + 1 / 32).clamp(max=0), exact.tail_logprob, None, exact.temperatures,
+        exact.log_z
     )
     for targets in (exact, up):
         tempered = targets.at_temperature(temperature)

@@ -150,7 +150,9 @@ def test_a_member_of_weight_0_takes_no_part(backend: str, space: str) -> None:
     b[:, 7] = -math.inf
     alone = run_library(Dense(student), Dense(a), "jsd(beta=0.5)", backend=backend)
     weights = torch.tensor([2.0, 0.0]).expand(5, 2)
-    wrapped = run_library(Dense(student), Ensemble([Dense(a), Dense(b)], weights, space), "jsd(beta=0.5)", backend=backend)
+    wrapped = run_library(
+        Dense(student), Ensemble([Dense(a), Dense(b)], weights, space), "jsd(beta=0.5)", backend=backend
+    )
     torch.testing.assert_close(wrapped.loss, alone.loss, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(wrapped.gradients["logits"], alone.gradients["logits"], rtol=1e-4, atol=1e-7)
 

@@ -378,13 +378,17 @@ def fresh_checks():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes tensors of the CPU")
 def test_triton_refuses_a_tensor_of_the_cpu() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    with refuses(RuntimeError, r'backend must be one for tensors on cpu, got "triton"; move the tensors to a GPU, or pass .*cpp'):
+    with refuses(
+        RuntimeError, r'backend must be one for tensors on cpu, got "triton"; move the tensors to a GPU, or pass .*cpp'
+    ):
         kd_loss(STUDENT, TEACHER, backend="triton")
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, fresh_checks) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(RuntimeError, match=r'backend "triton" must be installed, got no module triton .*pip install "triton>=3.6"'):
+    with pytest.raises(
+        RuntimeError, match=r'backend "triton" must be installed, got no module triton .*pip install "triton>=3.6"'
+    ):
         kd_loss(STUDENT, TEACHER, backend="triton")
 
 
@@ -401,13 +405,17 @@ def test_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch, fresh_checks) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with refuses(RuntimeError, r"the GPU must be of compute capability 8.0 or newer, got 7.5 \(Tesla T4\); pass backend="):
+    with refuses(
+        RuntimeError, r"the GPU must be of compute capability 8.0 or newer, got 7.5 \(Tesla T4\); pass backend="
+    ):
         _backend.choose("kd_loss", None, torch.device("cuda", 0), ("reference", "cpp", "triton"))
 
 
 @pytest.mark.interpret
 def test_what_the_triton_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    with refuses(TypeError, r"tensors must be of dtype float32, bfloat16 or float16 .*got torch.float64; pass backend="):
+    with refuses(
+        TypeError, r"tensors must be of dtype float32, bfloat16 or float16 .*got torch.float64; pass backend="
+    ):
         kd_loss(STUDENT.double(), TEACHER, backend="triton")
     monkeypatch.setattr(_backend, "MAX_VOCAB", STUDENT.shape[1] - 1)
     with refuses(ValueError, rf'the vocabulary must be at most {STUDENT.shape[1] - 1} for backend="triton"'):
@@ -419,14 +427,18 @@ def test_out_of_memory_names_the_budget(monkeypatch: pytest.MonkeyPatch) -> None
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(products.TensorSource, "open", no_room)
-    with refuses(torch.OutOfMemoryError, r"max_scratch_bytes must be smaller .*got 123456 bytes; .*Tried to allocate 2.00 GiB"):
+    with refuses(
+        torch.OutOfMemoryError, r"max_scratch_bytes must be smaller .*got 123456 bytes; .*Tried to allocate 2.00 GiB"
+    ):
         kd_loss(STUDENT, TEACHER, max_scratch_bytes=123456, backend="reference")
 
 
 def test_capture_of_sizes_that_depend_on_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with refuses(RuntimeError, r"compact must be None or False while a CUDA graph is captured, got True; pass .* rows="):
+    with refuses(
+        RuntimeError, r"compact must be None or False while a CUDA graph is captured, got True; pass .* rows="
+    ):
         kd_loss(STUDENT, TEACHER, compact=True, backend="reference")
 
 

@@ -1,5 +1,5 @@
-"""kd_loss on a GPU: against float64, without a synchronisation, inside a CUDA graph. Everything else about it is tested without
-one, by the interpreter and by tests/loss/test_gpu_head.py."""
+"""kd_loss on a GPU: against float64, without a synchronisation, inside a CUDA graph. Everything else about it is tested
+without one, by the interpreter and by tests/loss/test_gpu_head.py."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_rows_that_are_dropped() -> None:
 def leaves(dtype: torch.dtype = torch.bfloat16) -> tuple[LinearLogits, LinearLogits]:
     student, teacher = heads(dtype)
     move = lambda x: x.cuda().requires_grad_()  # noqa: E731
-    return LinearLogits(move(student.hidden), move(student.weight)), LinearLogits(teacher.hidden.cuda(), teacher.weight.cuda())
+    return LinearLogits(move(student.hidden), move(student.weight)), LinearLogits(
+        teacher.hidden.cuda(), teacher.weight.cuda()
+    )
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -79,7 +81,8 @@ def test_nothing_synchronises(reduction: str, sparse: bool) -> None:
     target = topk_targets(teacher, 8) if sparse else teacher
     labels, rows = torch.arange(33, device="cuda"), torch.arange(20, device="cuda")
     call = lambda: kd_loss(  # noqa: E731
-        student, target, labels=labels, ce_weight=0.5, normalizer=30.0, reduction=reduction, rows=rows, stats=("agreement",)
+        student, target, labels=labels, ce_weight=0.5, normalizer=30.0, reduction=reduction, rows=rows,
+        stats=("agreement",)
     ).loss.sum()
     call().backward()  # compiles
     torch.cuda.synchronize()

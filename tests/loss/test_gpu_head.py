@@ -1,5 +1,5 @@
-"""The path of a GPU, held to its errors without one: half-precision operands, fp32 results, and the gradient of a chunk in the
-head's dtype, in the memory of the logits that it replaces. Only the products themselves are stood in for."""
+"""The path of a GPU, held to its errors without one: half-precision operands, fp32 results, and the gradient of a chunk
+in the head's dtype, in the memory of the logits that it replaces. Only the products themselves are stood in for."""
 
 from __future__ import annotations
 

@@ -81,7 +81,9 @@ def dressed(head: Linear, options: dict, dtype: torch.dtype) -> Linear:
 @pytest.mark.parametrize("options", list(HEADS))
 @every_product
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_heads(backend: str, divergence: str, options: str, dtype: torch.dtype, bf16_products: bool, reduction: str) -> None:
+def test_heads(
+    backend: str, divergence: str, options: str, dtype: torch.dtype, bf16_products: bool, reduction: str
+) -> None:
     student, teacher = heads(7, 130, dtype, logit_std=4.0)
     student = dressed(student, HEADS[options], dtype)
     cut = {"valid_vocab": 121} if "valid_vocab" in HEADS[options] else {}

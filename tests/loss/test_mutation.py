@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -153,7 +153,9 @@ def test_changed_jobs_of_the_library_fail(backend: str, change: Callable, monkey
     compare(student, teacher, "forward_kl", **options)
     for name in ("dense_rows", "sparse_rows"):
         real = getattr(row_implementation(backend), name)
-        monkeypatch.setattr(row_implementation(backend), name, lambda s, t, job, *rest, real=real: real(s, t, change(job), *rest))
+        monkeypatch.setattr(
+            row_implementation(backend), name, lambda s, t, job, *rest, real=real: real(s, t, change(job), *rest)
+        )
     with pytest.raises(AssertionError):
         compare(student, teacher, "forward_kl", **options)
 

@@ -1,7 +1,7 @@
 """The products of a CPU that multiplies bf16 in hardware: logits stay fp32-grade, only the gradient products are bf16.
 
-The machine that runs this may lack the instructions; torch then emulates the products, to the same rounding, so the path
-can be held to its error anywhere by pretending.
+The machine that runs this may lack the instructions; torch then emulates the products, to the same rounding, so the
+path can be held to its error anywhere by pretending.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
     (BF16, BF16, FP64, None, FP64), (BF16, BF16, FP32, FP16, FP32), (FP32, FP32, FP32, None, FP32),
 ], ids=str)
 def test_where_the_gradient_is_a_bf16_tile(hidden, weight, work, autocast, tile, bf16_products):
-    """Where both operands are bf16 and the processor multiplies that; the yardstick (judge.plain_logits) rounds nowhere else."""
+    """Where both operands are bf16 and the processor multiplies that; the yardstick (judge.plain_logits) rounds nowhere
+    else."""
     noun = LinearLogits(torch.zeros(2, 3, dtype=hidden), torch.zeros(5, 3, dtype=weight))
     assert heads.head(noun, work, 5, autocast=autocast).tile_dtype == (tile if bf16_products or tile != BF16 else FP32)
 
@@ -42,7 +43,9 @@ def test_a_bf16_tile_is_the_gradient_rounded_once(teacher, form, vocab):
     job = RowJob(parse("jsd(beta=0.3)"), 2.0 if form == "mapped" else 1.0, 0.8, 0.4, "bucket")
     labels, weight = torch.arange(6) * 7 % vocab, torch.tensor([-3.0, 0.0, 0.1, 1.0, 2.7, 0.0], dtype=FP64)
     starts = torch.arange(6)
-    sparse = SparseRows(starts, starts + 1, labels.flip(0).contiguous(), torch.full((6,), -0.5), torch.full((6,), -1.0), None)
+    sparse = SparseRows(
+        starts, starts + 1, labels.flip(0).contiguous(), torch.full((6,), -0.5), torch.full((6,), -1.0), None
+    )
     target, run = (RawRows(other), cpp_impl.dense_rows) if teacher == "dense" else (sparse, cpp_impl.sparse_rows)
     outcomes = []
     for dtype in (FP32, BF16):

@@ -52,7 +52,9 @@ def test_the_pages_vectors(backend: str) -> None:
     law, student_law = {"temperature": 2.0, "top_k": 150}, {"temperature": 1.5, "top_p": 0.9}
     for seed, key, position, draft, accepted, token, logprob in vectors:
         place = oracles.Place(signed(seed), signed(key), int(position))
-        verdict = oracles.accept_speculative(int(draft), TEACHER_ROW.tolist(), STUDENT_ROW.tolist(), place, law, student_law)
+        verdict = oracles.accept_speculative(
+            int(draft), TEACHER_ROW.tolist(), STUDENT_ROW.tolist(), place, law, student_law
+        )
         found = accept_or_resample(
             torch.tensor([int(draft)]), TEACHER_ROW[None], "speculative", student=STUDENT_ROW[None], **law,
             **student_names(student_law), seed=place.seed, keys=torch.tensor([place.key]),
@@ -66,7 +68,10 @@ def test_the_pages_vectors(backend: str) -> None:
 
 LAWS = st.fixed_dictionaries(
     {"temperature": st.sampled_from([0.0, 0.5, 1.0, 3.0, math.inf])},
-    optional={"top_k": st.integers(1, 50), "top_p": st.sampled_from([0.0, 0.5, 0.9, 1.0]), "min_p": st.sampled_from([0.01, 0.3])},
+    optional={
+        "top_k": st.integers(1, 50), "top_p": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        "min_p": st.sampled_from([0.01, 0.3]),
+    },
 )
 
 
@@ -120,7 +125,9 @@ def test_rank_verdicts_are_a_sort_and_the_oracles_draw(backend: str, data: st.Da
         else:
             drawn = oracles.sample(row, oracles.Place(seed, i), **law, race=4)
             if drawn.lead > 1e-5:
-                assert int(found.ids[i]) == drawn.id and float(found.logprobs[i]) == pytest.approx(drawn.logprob, abs=1e-5)
+                assert int(found.ids[i]) == drawn.id and float(found.logprobs[i]) == pytest.approx(
+                    drawn.logprob, abs=1e-5
+                )
         own = teacher[i].double().log_softmax(0)[found.ids[i]]
         assert float(found.model_logprobs[i]) == pytest.approx(float(own), abs=1e-5) or own == -math.inf
 
@@ -145,7 +152,8 @@ def test_logprobs_are_as_good_as_plain_torch(backend: str, dtype: torch.dtype) -
     student, teacher = testing.logits_pair("near_0.3", 64, 700, dtype)
     drafts = sample(student, seed=1, temperature=1.4).ids
     found = accept_or_resample(
-        drafts, teacher, "speculative", student=student, temperature=0.8, student_temperature=1.4, seed=1, backend=backend
+        drafts, teacher, "speculative", student=student, temperature=0.8, student_temperature=1.4, seed=1,
+        backend=backend
     )
     assert 5 < int(found.accepted.sum()) < 59
     exact, at = teacher.double(), found.ids[:, None]
@@ -160,7 +168,9 @@ def test_logprobs_are_as_good_as_plain_torch(backend: str, dtype: torch.dtype) -
 COUNT = 40_000
 
 
-def speculative_counts(teacher: Tensor, student: Tensor, law: dict, student_law: dict, backend: str | None = None) -> Tensor:
+def speculative_counts(
+    teacher: Tensor, student: Tensor, law: dict, student_law: dict, backend: str | None = None
+) -> Tensor:
     rows, positions = student.expand(COUNT, -1), torch.arange(COUNT)
     where = dict(seed=8, keys=torch.zeros(COUNT, dtype=torch.int64), positions=positions, backend=backend)
     drafts = sample(rows, **student_law, **where).ids
@@ -174,7 +184,8 @@ def speculative_counts(teacher: Tensor, student: Tensor, law: dict, student_law:
 
 
 @pytest.mark.parametrize(("law", "student_law"), [
-    ({}, {}), ({"temperature": 0.6}, {"temperature": 1.5}), ({"temperature": 0.8, "top_k": 12}, {"temperature": 1.2, "top_p": 0.9}),
+    ({}, {}), ({"temperature": 0.6}, {"temperature": 1.5}),
+    ({"temperature": 0.8, "top_k": 12}, {"temperature": 1.2, "top_p": 0.9}),
 ])
 def test_speculative_ids_have_the_teachers_law_and_the_power_of_the_test(law: dict, student_law: dict) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +201,8 @@ def test_speculative_ids_have_the_teachers_law_and_the_power_of_the_test(law: di
 
 @pytest.mark.parametrize("mutation", ["draws the teacher", "shares the draft's words", "accepts five percent more"])
 def test_mutations_have_another_law(monkeypatch: pytest.MonkeyPatch, mutation: str) -> None:
-    """What implementations got wrong before: the residual forgotten, noise shared with the draft, a test that is lenient."""
+    """What implementations got wrong before: the residual forgotten, noise shared with the draft, a test that is
+    lenient."""
     generator = torch.Generator().manual_seed(0)
     teacher, student = (1.5 * torch.randn(50, generator=generator) for _ in range(2))
     words, draw, uniform = philox.words, residual.draw, philox.fine_uniform
@@ -250,7 +262,9 @@ def test_batches_orders_chunks_and_threads(rule: dict, backend: str) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_backends_agree(rule: dict) -> None:
     given = arguments(rule, eighths(4))
-    ours, theirs = (accept_or_resample(torch.arange(N) * 300, eighths(3), **given, backend=name) for name in ("cpp", "reference"))
+    ours, theirs = (
+        accept_or_resample(torch.arange(N) * 300, eighths(3), **given, backend=name) for name in ("cpp", "reference")
+    )
     assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.accepted, theirs.accepted)
     torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=2e-6, atol=2e-6, equal_nan=True)
     torch.testing.assert_close(ours.model_logprobs, theirs.model_logprobs, rtol=2e-6, atol=2e-6)
@@ -259,10 +273,12 @@ def test_backends_agree(rule: dict) -> None:
 @pytest.mark.parametrize("rule", RULES[::2], ids=str)
 def test_every_noun_and_shape(rule: dict, backend: str) -> None:
     teacher, student, drafts = eighths(5)[:, :300], eighths(6)[:, :300], torch.arange(N) * 11
-    expected = accept_or_resample(drafts, teacher, **arguments(rule | {"k": 150} if "k" in rule else rule, student), backend=backend)
+    expected = accept_or_resample(
+        drafts, teacher, **arguments(rule | {"k": 150} if "k" in rule else rule, student), backend=backend
+    )
     nouns = lambda z: (  # noqa: E731
-        LinearLogits(torch.eye(N), torch.cat([z.T, torch.ones(5, N)]), valid_vocab=300), EnsembleLogits((z, z)), z.bfloat16(),
-        LinearLogits(torch.eye(N), z.T / 2, scale=2.0),
+        LinearLogits(torch.eye(N), torch.cat([z.T, torch.ones(5, N)]), valid_vocab=300), EnsembleLogits((z, z)),
+        z.bfloat16(), LinearLogits(torch.eye(N), z.T / 2, scale=2.0),
     )
     for p, q in zip(nouns(teacher), nouns(student)[::-1]):
         given = arguments(rule | {"k": 150} if "k" in rule else rule, q)
@@ -278,7 +294,9 @@ def test_only_refused_rows_are_resampled(monkeypatch: pytest.MonkeyPatch) -> Non
     from kd_kernels.sampling import driver
 
     seen, run = [], driver.run
-    monkeypatch.setattr(driver, "run", lambda *args, **kwargs: seen.append(kwargs["rows"].tolist()) or run(*args, **kwargs))
+    monkeypatch.setattr(
+        driver, "run", lambda *args, **kwargs: seen.append(kwargs["rows"].tolist()) or run(*args, **kwargs)
+    )
     teacher = eighths(2)[:, :300]
     found = accept_or_resample(torch.arange(N), teacher, k=150, seed=0)
     assert seen == [(~found.accepted).nonzero()[:, 0].tolist()]
@@ -290,7 +308,8 @@ def test_only_refused_rows_are_resampled(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("rule", [{"k": 2}, {"rule": "speculative"}], ids=str)
 def test_edges(rule: dict, backend: str) -> None:
     run = lambda drafts, z, **more: accept_or_resample(  # noqa: E731
-        torch.tensor(drafts, dtype=torch.int64), z, **rule, **({"student": z} if "rule" in rule else {}), seed=0, backend=backend, **more
+        torch.tensor(drafts, dtype=torch.int64), z, **rule, **({"student": z} if "rule" in rule else {}), seed=0,
+        backend=backend, **more
     )
     assert run([], torch.zeros(0, 5)).ids.shape == (0,)
     one = run([0, 0], torch.zeros(2, 1))
@@ -318,14 +337,21 @@ def test_rows_apart_by_more_than_an_int32_of_elements(backend: str) -> None:
     near = torch.stack([TEACHER_ROW, STUDENT_ROW])
     for rule in ({"k": 3}, {"rule": "speculative"}):
         one, other = (
-            accept_or_resample(torch.tensor([5, 7]), z, **rule, **({"student": z.flip(1)} if "rule" in rule else {}), seed=3, backend=backend)
+            accept_or_resample(
+                torch.tensor([5, 7]), z, **rule, **({"student": z.flip(1)} if "rule" in rule else {}), seed=3,
+                backend=backend,
+            )
             for z in (far, near)
         )
         assert_equal(one, other)
 
 
-@pytest.mark.parametrize(("fault", "name"), [(torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "-inf at every id")])
-@pytest.mark.parametrize(("rule", "broken"), [("top_k", "teacher"), ("speculative", "teacher"), ("speculative", "student")])
+@pytest.mark.parametrize(
+    ("fault", "name"), [(torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "-inf at every id")]
+)
+@pytest.mark.parametrize(
+    ("rule", "broken"), [("top_k", "teacher"), ("speculative", "teacher"), ("speculative", "student")]
+)
 def test_rows_that_are_no_distribution(backend: str, rule: str, broken: str, fault: float, name: str) -> None:
     nouns = {"teacher": eighths(1)[:4, :300].clone(), "student": eighths(2)[:4, :300]}
     bad = nouns[broken] = nouns[broken].clone()
@@ -351,17 +377,35 @@ Z = torch.zeros(2, 5)
     ({"rule": "ratio"}, ValueError, "rule must be one of top_k, speculative, got 'ratio'"),
     ({"rule": "speculative"}, ValueError, 'student must be given for rule="speculative", got None; it says'),
     ({"rule": "speculative", "student": Z, "k": 3}, ValueError, 'k must be None for rule="speculative", got 3'),
-    ({"rule": "speculative", "student": torch.zeros(2, 6)}, ValueError, r"student must be of shape \[2, 5\] like the teacher, got \[2, 6\]"),
-    ({"rule": "speculative", "student": Z, "student_temperature": -1.0}, ValueError, "student_temperature must be at least 0, got -1.0"),
-    ({"rule": "speculative", "student": Z, "student_top_p": torch.tensor([0.5, 2.0])}, ValueError, "student_top_p must be in 0..1, got 2.0 in row 1"),
+    (
+        {"rule": "speculative", "student": torch.zeros(2, 6)}, ValueError,
+        r"student must be of shape \[2, 5\] like the teacher, got \[2, 6\]",
+    ),
+    (
+        {"rule": "speculative", "student": Z, "student_temperature": -1.0}, ValueError,
+        "student_temperature must be at least 0, got -1.0",
+    ),
+    (
+        {"rule": "speculative", "student": Z, "student_top_p": torch.tensor([0.5, 2.0])}, ValueError,
+        "student_top_p must be in 0..1, got 2.0 in row 1",
+    ),
     ({"k": 1, "top_k": 0}, ValueError, "top_k must be at least 1, got 0; pass None to keep all"),
     ({"k": 1, "drafts": torch.tensor([0, 5])}, ValueError, "drafts must be in 0..V-1=4, got 5 in row 1"),
     ({"k": 1, "drafts": torch.tensor([-1, 0])}, ValueError, "drafts must be in 0..V-1=4, got -1 in row 0"),
-    ({"k": 1, "drafts": torch.tensor([0])}, ValueError, r"drafts must be of shape \[2\] like the rows of logits, got \[1\]"),
+    (
+        {"k": 1, "drafts": torch.tensor([0])}, ValueError,
+        r"drafts must be of shape \[2\] like the rows of logits, got \[1\]",
+    ),
     ({"k": 1, "drafts": torch.zeros(2)}, TypeError, "drafts must be of dtype int64 or int32"),
-    ({"k": 1, "positions": torch.tensor([0, 1 << 32])}, ValueError, "positions must be in 0..4294967295, got 4294967296 in row 1"),
+    (
+        {"k": 1, "positions": torch.tensor([0, 1 << 32])}, ValueError,
+        "positions must be in 0..4294967295, got 4294967296 in row 1",
+    ),
     ({"k": 1, "check": "maybe"}, ValueError, "check must be one of raise, flag"),
-    ({"k": 1, "max_scratch_bytes": 10}, ValueError, "max_scratch_bytes must be at least .* which one row takes, got 10"),
+    (
+        {"k": 1, "max_scratch_bytes": 10}, ValueError,
+        "max_scratch_bytes must be at least .* which one row takes, got 10",
+    ),
 ])
 def test_what_is_refused(given: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"accept_or_resample: {message}"):

@@ -64,7 +64,10 @@ def _vectors() -> list[tuple]:
         name: (int if name == "top_k" else float)(value) for name, value in re.findall(r"(\w+)=(\S+)", text)
     }
     return [
-        (signed(seed), signed(key), int(position), {"temperature": float(t), **parse(filters)}, int(token), float(a), float(b))
+        (
+            signed(seed), signed(key), int(position), {"temperature": float(t), **parse(filters)}, int(token), float(a),
+            float(b),
+        )
         for seed, key, position, t, filters, token, a, b in rows
     ]
 
@@ -109,7 +112,8 @@ FILTERS = {
 @settings(max_examples=60)
 @given(data=st.data())
 def test_filtered_draws_are_the_oracles(backend: str, data: st.DataObject) -> None:
-    """Few distinct values, so that ties decide; masked ids; every row with arguments of its own, or all with the same."""
+    """Few distinct values, so that ties decide; masked ids; every row with arguments of its own, or all with the
+    same."""
     vocab = data.draw(st.sampled_from([1, 3, 60, 128, 200, 300]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
     values = torch.tensor([-math.inf, -6.0, -3.0, -0.0, 0.0, 0.5, 2.0, 4.0])
@@ -119,7 +123,9 @@ def test_filtered_draws_are_the_oracles(backend: str, data: st.DataObject) -> No
     arguments = {name: value for name, value in arguments.items() if value is not None}
     arguments["temperature"] = data.draw(st.sampled_from([0.0, 1e-30, 0.5, 1.0, 3.0, math.inf]))
     if data.draw(st.booleans()):
-        arguments = {name: [value] * 2 + [value / 2 if name == "temperature" else 1] * 2 for name, value in arguments.items()}
+        arguments = {
+            name: [value] * 2 + [value / 2 if name == "temperature" else 1] * 2 for name, value in arguments.items()
+        }
         arguments = {name: list(map(int if name == "top_k" else float, value)) for name, value in arguments.items()}
     seeds = [data.draw(st.integers(-(1 << 63), (1 << 63) - 1)) for _ in range(4)]
     assert_samples(logits, seeds, seeds[::-1], [0, 1, 2, 3], arguments, backend=backend)

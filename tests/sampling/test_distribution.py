@@ -1,4 +1,5 @@
-"""Draws have the distribution that they claim: G-tests with a power check, the far tail, forbidden ids, independence."""
+"""Draws have the distribution that they claim: G-tests with a power check, the far tail, forbidden ids,
+independence."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def g_test(counts: Tensor, p: Tensor) -> float:
 def drawn(logits: Tensor, count: int = DRAWS, seed: int = 5, **options) -> Tensor:
     """Ids of ``count`` positions of one row."""
     rows = logits.expand(count, -1)
-    return sample(rows, seed=seed, keys=torch.zeros(count, dtype=torch.int64), positions=torch.arange(count), **options).ids
+    return sample(
+        rows, seed=seed, keys=torch.zeros(count, dtype=torch.int64), positions=torch.arange(count), **options
+    ).ids
 
 
 def row(vocab: int, seed: int = 0, scale: float = 2.0) -> Tensor:
@@ -64,7 +67,8 @@ def test_nucleus() -> None:
 
 
 def test_the_far_tail_is_drawn_as_often_as_it_should_be() -> None:
-    """One id far above 262,143 others: together they have 3.3e-4 of the mass, each 1e-9. Uniforms of 24 bits draw far too few."""
+    """One id far above 262,143 others: together they have 3.3e-4 of the mass, each 1e-9. Uniforms of 24 bits draw far
+    too few."""
     vocab, gap, draws = 262_144, 20.5, 60_000
     logits = torch.zeros(vocab)
     logits[77_777] = gap

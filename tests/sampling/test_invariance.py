@@ -11,7 +11,8 @@ from kd_kernels import EnsembleLogits, LinearLogits, sample
 
 N, VOCAB = 24, 9_001
 ARGUMENTS = [
-    {}, {"temperature": 0.7}, {"top_k": 200}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 3000, "top_p": 0.7, "min_p": 0.001},
+    {}, {"temperature": 0.7}, {"top_k": 200}, {"top_p": 0.9}, {"min_p": 0.02},
+    {"top_k": 3000, "top_p": 0.7, "min_p": 0.001},
     {"top_p": 0.5, "min_p": 0.2}, {"top_p": 0.999, "temperature": 4.0},
 ]
 
@@ -38,9 +39,16 @@ def test_batches_orders_chunks_and_threads(arguments: dict) -> None:
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     shuffled = sample(z[order], **{name: x[order] for name, x in at.items()}, **arguments, return_stats=True)
     for row in (0, 7, N - 1):
-        alone = sample(z[row : row + 1], **{name: x[row : row + 1] for name, x in at.items()}, **arguments, return_stats=True)
-        assert all(torch.equal(getattr(alone, f.name)[0], getattr(whole, f.name)[row]) for f in dataclasses.fields(whole))
-    assert_equal(dataclasses.replace(whole, **{f.name: getattr(whole, f.name)[order] for f in dataclasses.fields(whole)}), shuffled)
+        alone = sample(
+            z[row : row + 1], **{name: x[row : row + 1] for name, x in at.items()}, **arguments, return_stats=True
+        )
+        assert all(
+            torch.equal(getattr(alone, f.name)[0], getattr(whole, f.name)[row]) for f in dataclasses.fields(whole)
+        )
+    assert_equal(
+        dataclasses.replace(whole, **{f.name: getattr(whole, f.name)[order] for f in dataclasses.fields(whole)}),
+        shuffled,
+    )
     assert_equal(whole, sample(z, **at, **arguments, return_stats=True, max_scratch_bytes=4_000_000))
     before = torch.get_num_threads()
     try:
@@ -87,7 +95,9 @@ def test_edges(backend: str) -> None:
         assert_equal(plain, sample(z, seed=0, **off, backend=backend))
 
 
-@pytest.mark.parametrize(("fault", "name"), [(torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "-inf at every id")])
+@pytest.mark.parametrize(
+    ("fault", "name"), [(torch.nan, "NaN"), (torch.inf, r"\+inf"), (-torch.inf, "-inf at every id")]
+)
 @pytest.mark.parametrize("column", [0, 200, 299])
 def test_rows_that_are_no_distribution(backend: str, fault: float, name: str, column: int) -> None:
     z = logits(1)[:4, :300].clone()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_kernels import LinearLogits, Sampled, accept_or_resample, sample
+from kd_kernels import LinearLogits, Sampled, accept_or_resample, sample, sampled_targets
 
 pytestmark = pytest.mark.gpu
 
@@ -66,7 +66,8 @@ def test_heads_batches_and_chunks(rows: int, dtype: torch.dtype) -> None:
 
 def test_nothing_synchronises_and_a_graph_captures_it() -> None:
     noun, at = heads(33, 5003, torch.bfloat16), place(33)
-    call = lambda: sample(noun, **at, temperature=0.8, top_k=50, top_p=0.9, check="flag", return_stats=True)  # noqa: E731
+    filters = dict(temperature=0.8, top_k=50, top_p=0.9)
+    call = lambda: sample(noun, **at, **filters, check="flag", return_stats=True)  # noqa: E731
     expected = call()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -101,6 +102,19 @@ def test_speculative_sampling_on_a_gpu() -> None:
         drafts.cpu(), teacher.cpu(), "speculative", student=student.cpu(), **place(16, "cpu")
     )
     assert torch.equal(ours.ids.cpu(), theirs.ids) and torch.equal(ours.accepted.cpu(), theirs.accepted)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"certain": 40}, {"certain": 200, "proposal_temperature": 1.6}], ids=str)
+def test_sampled_targets_are_those_of_the_cpu(arguments: dict) -> None:
+    logits = eighths(16, 50_257)
+    ours = sampled_targets(logits.cuda(), 50, **place(16), **arguments)
+    theirs = sampled_targets(logits, 50, **place(16, "cpu"), **arguments)
+    assert torch.equal(ours.offsets.cpu(), theirs.offsets) and torch.equal(ours.ids.cpu(), theirs.ids)
+    torch.testing.assert_close(ours.logprobs.cpu(), theirs.logprobs, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(ours.importance.cpu(), theirs.importance, rtol=2e-5, atol=0)
+    noun, at = heads(300, 50_257, torch.bfloat16), place(300)
+    whole, pieces = (sampled_targets(noun, 50, **at, **arguments, max_scratch_bytes=b) for b in (None, 40 << 20))
+    assert torch.equal(whole.ids, pieces.ids) and torch.equal(whole.importance, pieces.importance)
 
 
 def test_compiles_into_one_graph() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kd_kernels import LinearLogits, Sampled, accept_or_resample, products, sample
+from kd_kernels import LinearLogits, Sampled, SparseTargets, accept_or_resample, products, sample, sampled_targets
 from kd_kernels.sampling import config
 from sampling_judge import assert_samples
 
@@ -154,6 +154,35 @@ def test_a_chunk_of_picked_rows_of_a_head() -> None:
         accept_or_resample(drafts, noun, k=100, **place(9), backend=name) for name in ("triton", "reference")
     )
     assert torch.equal(ours.ids, theirs.ids) and 0 < int(ours.accepted.sum()) < 9
+
+
+@pytest.mark.parametrize("arguments", [{}, {"certain": 40, "proposal_temperature": 1.6}], ids=str)
+def test_targets_are_those_of_the_reference_in_any_tile_chunk_and_order(
+    arguments: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with masks, with ties alone, and with fewer ids than are certain."""
+    rows, at = eighths(4, 400).bfloat16(), place(4)
+    rows[1, ::2], rows[2], rows[3, 30:] = -torch.inf, 0.0, -torch.inf
+
+    def draw(z, at, backend="triton", **more):
+        return sampled_targets(z, 6, **at, **arguments, backend=backend, **more)
+
+    whole, expected = draw(rows, at), draw(rows, at, "reference")
+    assert torch.equal(whole.offsets, expected.offsets) and torch.equal(whole.ids, expected.ids)
+    torch.testing.assert_close(whole.logprobs, expected.logprobs, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(whole.importance, expected.importance, rtol=4e-6, atol=0)
+    order = torch.tensor([2, 0, 3, 1])
+    moved = draw(rows[order], {name: x[order] for name, x in at.items()}, max_scratch_bytes=10_000)
+    assert_same_targets(whole.select(order), moved)
+    monkeypatch.setattr(config, "DRAWS", 16)
+    monkeypatch.setattr(config, "MEMBERS", 256)
+    monkeypatch.setattr(config, "race_launch", lambda n_groups, warp_size: config.Launch(8, 1))
+    assert torch.equal(draw(rows, at).ids, whole.ids)
+
+
+def assert_same_targets(one: SparseTargets, other: SparseTargets) -> None:
+    for name in ("offsets", "ids", "logprobs", "importance"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def test_masks_that_are_the_least_number_are_logits() -> None:

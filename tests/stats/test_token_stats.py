@@ -24,7 +24,7 @@ from stats_judge import NUMBERS, PLACES, assert_stats, assert_stats_of, of_logit
 VOCABS = (1, 5, 17, 511, 512, 513, 2049, 4099)  # below, at and above the blocks of either kernel
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def case(kind: str, vocab: int) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Logits, ids, truth and yardstick, once for all backends. The ids: the likeliest, the last, and any."""
     _, logits = testing.logits_pair(kind, 3, vocab)

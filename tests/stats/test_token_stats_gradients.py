@@ -89,7 +89,7 @@ def test_a_budget_that_the_backward_cannot_keep_is_refused_before_it(kind: str, 
     leaf = (noun if kind == "logits" else noun.hidden).requires_grad_()
     with pytest.raises(ValueError, match=r"^token_stats: max_scratch_bytes must be at least \d+ bytes") as caught:
         token_stats(noun, torch.arange(3), max_scratch_bytes=1, backend=backend)
-    for attempt in range(3):  # the least for the forward, then for the backward, where that is more
+    for _ in range(3):  # the least for the forward, then for the backward, where that is more
         enough = int(re.search(r"at least (\d+) bytes", str(caught.value))[1])
         try:
             stats = token_stats(noun, torch.arange(3), max_scratch_bytes=enough, backend=backend)

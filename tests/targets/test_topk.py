@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import oracles
 from kd_kernels import testing
 from kd_kernels.logits import SparseTargets
 from kd_kernels.targets import config, topk_targets
@@ -53,7 +53,7 @@ def assert_rows(targets: SparseTargets, logits: Tensor, truth: list[oracles.Row]
             testing.assert_as_good(actual, near, true, unit=unit, what=f"{name} of row {i}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def case(kind: str, vocab: int, k: int) -> tuple[Tensor, list[oracles.Row], list[oracles.Row]]:
     """Logits, truth and yardstick, once for all backends."""
     _, logits = testing.logits_pair(kind, 2, vocab)
@@ -194,13 +194,20 @@ def test_panels_hold_a_million_logits_and_cover_the_rows_evenly() -> None:
 
 
 def test_groups_and_launches_of_the_triton_kernels() -> None:
-    columns = {(1, 1): 16, (128_256, 1): 256, (128_256, 64): 32, (151_936, 1024): 16, (1 << 24, 1): 512, (1 << 24, 65_535): 16}
+    columns = {
+        (1, 1): 16, (128_256, 1): 256, (128_256, 64): 32, (151_936, 1024): 16, (1 << 24, 1): 512, (1 << 24, 65_535): 16
+    }
     assert {case: config.group_columns(*case) for case in columns} == columns
     for warp_size in (32, 64):
         for n in (1, 512, 513, 4008, 16_384, 16_385, 1 << 20):
-            launches = [launch(n, warp_size) for launch in (config.group_launch, config.select_launch, config.write_launch)]
+            launches = [
+                launch(n, warp_size) for launch in (config.group_launch, config.select_launch, config.write_launch)
+            ]
             assert all(1 <= launch.num_warps * warp_size <= 512 for launch in launches)
-            assert min(n, config.MAX_TILE) <= launches[1].tile <= config.MAX_TILE and launches[1].tile >= launches[1].block
+            assert min(
+                n,
+                config.MAX_TILE,
+            ) <= launches[1].tile <= config.MAX_TILE and launches[1].tile >= launches[1].block
             assert launches[0].block >= max(config.group_columns(1 << 24, 1), min(n, 4096))
 
 

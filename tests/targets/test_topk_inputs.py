@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import Callable
+from collections.abc import Callable
 
-import oracles
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from kd_kernels import products, testing
 from kd_kernels.logits import EnsembleLogits, LinearLogits, SparseTargets
 from kd_kernels.targets import reference, topk_targets
@@ -198,7 +198,10 @@ def test_topk_refuses_rows_that_are_bad_throughout(row: list[float], backend: st
     (TypeError, r"temperatures must be a sequence of numbers, got 2\.0; pass \(2\.0,\)", {"temperatures": 2.0}),
     (ValueError, r"max_scratch_bytes must be at least \d+ bytes, which one row takes", {"max_scratch_bytes": 10}),
     (ValueError, r"backend must be one of reference, cpp, triton, got 'numpy'", {"backend": "numpy"}),
-    (RuntimeError, r'backend must be one for tensors on cpu, got "triton"; move the tensors to a GPU', {"backend": "triton"}),
+    (
+        RuntimeError, r'backend must be one for tensors on cpu, got "triton"; move the tensors to a GPU',
+        {"backend": "triton"},
+    ),
     (TypeError, r"logits must be a tensor, LinearLogits or EnsembleLogits, got list", {"logits": [1.0]}),
     (TypeError, r"logits must be of dtype float32, bfloat16, .* got torch\.int64", {"logits": torch.ones(2, 3).long()}),
     (ValueError, r"logits must be of shape \[\.\.\., V\], got \[\]", {"logits": torch.tensor(1.0)}),

@@ -1,14 +1,15 @@
-"""What is particular to the Triton kernels of topk_targets: groups, selections in pieces, sums that never see one minus the rest."""
+"""What is particular to the Triton kernels of topk_targets: groups, selections in pieces, sums that never see one minus
+the rest."""
 
 from __future__ import annotations
 
 import math
 
-import oracles
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from kd_kernels.logits import LinearLogits, SparseTargets
 from kd_kernels.targets import config, topk_targets
 
@@ -96,7 +97,8 @@ def test_any_size_of_group_gives_the_same_entries(group: int, monkeypatch: pytes
 @pytest.mark.parametrize("mass", [None, 0.999])
 @pytest.mark.parametrize("depth", [30.0, 80.0, 200.0])
 def test_tail_keeps_its_digits_far_below_the_mass(depth: float, mass: float | None) -> None:
-    """What is left out: most columns of the groups that are kept, and all other groups; with ``mass`` kept entries as well."""
+    """What is left out: most columns of the groups that are kept, and all other groups; with ``mass`` kept entries as
+    well."""
     logits = noise(1, 2000, seed=2) / 3.0 - depth
     logits[0, [3, 4, 900, 1999]] = torch.tensor([1.0, 1.5, -0.5, 0.0])
     k = 4 if mass is None else 20
@@ -138,8 +140,14 @@ def test_chunks_and_maps_change_no_entry(softcap: float | None) -> None:
 
 
 @pytest.mark.parametrize(("logits", "error", "message"), [
-    (torch.zeros(2, 9, dtype=torch.float64), TypeError, r'of dtype float32, .* for backend="triton", got torch.float64'),
-    (torch.zeros(1, 1).expand(1, (1 << 24) + 1), ValueError, r'the vocabulary must be at most 16777216 for backend="triton"'),
+    (
+        torch.zeros(2, 9, dtype=torch.float64), TypeError,
+        r'of dtype float32, .* for backend="triton", got torch.float64'
+    ),
+    (
+        torch.zeros(1, 1).expand(1, (1 << 24) + 1), ValueError,
+        r'the vocabulary must be at most 16777216 for backend="triton"'
+    ),
 ])
 def test_what_the_kernels_do_not_take(logits: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="topk_targets: .*" + message):

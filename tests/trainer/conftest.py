@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers_fixtures import fresh_accelerator, one_thread  # noqa: F401  (for every test of this folder)
 
 from kd_trainer.config import Config, from_tree
 from kd_trainer.tiny import save_tiny_model, tiny_texts
 from kd_trainer.trainer import learning_rate
+from transformers_fixtures import fresh_accelerator, one_thread  # noqa: F401  (for every test of this folder)
 
 
 @pytest.fixture(scope="session")

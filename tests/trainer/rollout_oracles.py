@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from test_models import make
 from torch import Tensor
 
 from kd_kernels import sample
 from kd_trainer.models import CausalLM
 from kd_trainer.rollout import Sampling
+from test_models import make
 
 VOCAB = 61  # of the models of test_models
 LENGTHS = (3, 7, 1, 5, 12)

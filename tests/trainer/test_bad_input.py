@@ -36,9 +36,9 @@ TEACHERS = {"teacher": {"model": "t"}, "more_teachers": [{"model": "u"}]}
 @pytest.mark.parametrize("method", needing("live teacher"))
 def test_a_live_teacher_is_no_cache(method):
     teachers = TEACHERS if "several teachers" in registry.spec(method).needs else {"teacher": {"model": "t"}}
-    with pytest.raises(ValueError, match=f"cache must be absent for method {method}, which scores contexts that no"):
+    with pytest.raises(ValueError, match=f"cache must be absent for method {method}, whose teacher must run"):
         given(method, cache="c", **teachers)
-    with pytest.raises(ValueError, match=f"teacher.model must be given for method {method}, got None; this method"):
+    with pytest.raises(ValueError, match=f"teacher.model must be given for method {method}, got None; its teacher"):
         given(method, cache="c")
 
 

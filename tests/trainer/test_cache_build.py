@@ -116,7 +116,9 @@ def test_label_logprobs_agree_with_a_full_softmax(options):
     ours = label_logprobs(logits, labels, topk_targets(logits, 4))
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5)
     pair = EnsembleLogits((logits, logits), weights=(1.0, 2.0))
-    torch.testing.assert_close(label_logprobs(pair, labels, topk_targets(pair, 4)).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        label_logprobs(pair, labels, topk_targets(pair, 4)).double(), expected, rtol=0, atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- ensembles, heads
@@ -132,7 +134,8 @@ def other(tmp_path_factory):
 
 
 def sharpened(folder, out, factor):
-    """A copy of a model whose final norm, and so every logit, is larger by a factor: an untrained one is nearly flat."""
+    """A copy of a model whose final norm, and so every logit, is larger by a factor: an untrained one is nearly
+    flat."""
     model = load_pretrained(str(folder))
     with torch.no_grad():
         model.model.norm.weight.mul_(factor)
@@ -171,7 +174,10 @@ def test_ensembles_have_fingerprints_of_their_own(data, tiny, other, tmp_path):
     alone, pair = fingerprint("a", [tiny]), fingerprint("b", [tiny, other])
     assert fingerprint("c", [other, tiny]) == pair  # an average has no order
     assert fingerprint("d", [tiny, other], weights=(2.0, 2.0)) == pair
-    others = [alone, pair, fingerprint("e", [tiny, other], weights=(2.0, 1.0)), fingerprint("f", [tiny, other], ensemble="prob")]
+    others = [
+        alone, pair, fingerprint("e", [tiny, other], weights=(2.0, 1.0)),
+        fingerprint("f", [tiny, other], ensemble="prob"),
+    ]
     assert len(set(others)) == 4
 
 
@@ -228,7 +234,9 @@ def test_rows_below_an_entropy_are_left_out(data, tiny, documents, tmp_path):
         assert (entropy[kept] > threshold - 1e-4).all() and (entropy[~kept] < threshold + 1e-4).all()
         logprobs = model(document.tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         rows = reader.targets(document.tokens).select(kept.nonzero().squeeze(1))
-        torch.testing.assert_close(rows.logprobs.view(-1, 20).double(), logprobs[kept].topk(20).values, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            rows.logprobs.view(-1, 20).double(), logprobs[kept].topk(20).values, rtol=0, atol=1e-4
+        )
         following = logprobs.gather(1, document.tokens[1:, None])[:, 0][kept]
         torch.testing.assert_close(reader.next_logprobs(document.tokens)[kept].double(), following, rtol=0, atol=1e-4)
 
@@ -257,7 +265,10 @@ def test_a_document_without_a_row_to_keep_is_in_the_cache(data, tiny, documents,
 @torch.no_grad()
 def test_packed_sequences_have_keys_of_their_own_and_rows_of_their_documents(tiny, documents, tmp_path):
     parts = [document.tokens.tolist() for document in documents[:4]]
-    packs = [{"input_ids": parts[0] + parts[1], "seq_lengths": [len(parts[0]), len(parts[1])]}, {"input_ids": parts[2] + parts[3]}]
+    packs = [
+        {"input_ids": parts[0] + parts[1], "seq_lengths": [len(parts[0]), len(parts[1])]},
+        {"input_ids": parts[2] + parts[3]},
+    ]
     (tmp_path / "packs.jsonl").write_text("".join(json.dumps(pack) + "\n" for pack in packs))
     build_cache(str(tiny), DataConfig(source=str(tmp_path / "packs.jsonl"), max_length=200), tmp_path / "c", EXACT)
     build_cache(str(tiny), DataConfig(source=str(tmp_path / "packs.jsonl"), max_length=200), tmp_path / "c", EXACT)
@@ -277,7 +288,7 @@ def test_packed_sequences_have_keys_of_their_own_and_rows_of_their_documents(tin
     assert whole.offsets.shape[0] - 1 == len(parts[2]) + len(parts[3]) - 1
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_a_teacher_that_is_not_finite_is_refused_by_document(data, tiny, tmp_path):
@@ -289,8 +300,13 @@ def test_a_teacher_that_is_not_finite_is_refused_by_document(data, tiny, tmp_pat
     model.save_pretrained(tmp_path / "broken")
     load_tokenizer(str(tiny)).save_pretrained(tmp_path / "broken")
     token = load_tokenizer(str(tiny)).convert_ids_to_tokens(20)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "abcdef"}) + "\n" + json.dumps({"text": f"ghi{token}kl"}) + "\n")
-    with pytest.raises(ValueError, match="hidden states of LlamaForCausalLM must be finite, got NaN .*row . of the document that begins 'ghi"):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "abcdef"}) + "\n" + json.dumps({"text": f"ghi{token}kl"}) + "\n"
+    )
+    with pytest.raises(
+        ValueError,
+        match="hidden states of LlamaForCausalLM must be finite, got NaN .*row . of the document that begins 'ghi",
+    ):
         build_cache(str(tmp_path / "broken"), DataConfig(source=str(tmp_path / "a.jsonl")), tmp_path / "c", EXACT)
 
 
@@ -308,7 +324,9 @@ def test_out_of_memory_names_what_to_lower(data, tiny, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("kd_trainer.caching.scoring.topk_targets", exhausted)
-    with pytest.raises(ValueError, match="--batch-tokens must be small enough for the memory of cpu, got 200 tokens .5 doc.*lower"):
+    with pytest.raises(
+        ValueError, match="--batch-tokens must be small enough for the memory of cpu, got 200 tokens .5 doc.*lower"
+    ):
         build_cache(str(tiny), data, tmp_path / "c", EXACT)
 
 

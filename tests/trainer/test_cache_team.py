@@ -12,7 +12,6 @@ from collections import Counter
 
 import pytest
 import torch
-from processes import launch_kdk
 
 from kd_kernels import topk_targets
 from kd_kernels.cache import CacheManifest, CacheReader, CacheWriter
@@ -22,6 +21,7 @@ from kd_trainer.caching.team import Team
 from kd_trainer.config import DataConfig
 from kd_trainer.data import load_documents
 from kd_trainer.models import load_tokenizer
+from processes import launch_kdk
 
 OPTIONS = CacheOptions(k=20, step_nats=0.0, batch_tokens=200, writer="w")
 
@@ -39,8 +39,8 @@ def launched(arguments: list[str]) -> None:
 
 def command(tiny, text, out) -> list[str]:
     return [
-        "cache", "build", "--teacher", str(tiny), "--data", str(text), "--out", str(out), "--max-length", "48", "--k", "20",
-        "--step-nats", "0", "--batch-tokens", "200", "--writer", "w",
+        "cache", "build", "--teacher", str(tiny), "--data", str(text), "--out", str(out), "--max-length", "48", "--k",
+        "20", "--step-nats", "0", "--batch-tokens", "200", "--writer", "w",
     ]
 
 

@@ -93,7 +93,8 @@ def test_the_noise_of_half_precision_is_no_error(teacher, data, tmp_path):
 
 
 def forge(cache, data, folder, change, **fields):
-    """Writes what ``change(targets, document, rows_of_all)`` makes of every document's rows into a cache that is whole."""
+    """Writes what ``change(targets, document, rows_of_all)`` makes of every document's rows into a cache that is
+    whole."""
     reader = CacheReader(cache)
     documents = load_documents(data, byte_tokenizer())
     found = {document: reader.lookup(document.tokens) for document in documents}
@@ -140,7 +141,8 @@ def other_temperature(targets, document, found):
 
 @pytest.mark.parametrize(("change", "checks"), [
     (swapped, {"max |d logprob|", "max KL"}), (shifted, {"max |d logprob|", "p99 |d logprob|", "mean KL", "max KL"}),
-    (one_off, {"max |d logprob|"}), (without_the_first, {"max shortfall of an entry"}), (other_temperature, {"max |d log Z|"}),
+    (one_off, {"max |d logprob|"}), (without_the_first, {"max shortfall of an entry"}),
+    (other_temperature, {"max |d log Z|"}),
 ])
 def test_forged_rows_fail(cache, teacher, data, tmp_path, change, checks):
     folder = forge(cache, data, tmp_path / "forged", change)
@@ -159,7 +161,9 @@ def test_another_teacher_is_refused_by_name_and_found_out_under_a_false_one(teac
     torch.manual_seed(5)
     save_tiny_model(tmp_path / "other")
     build_cache(str(tmp_path / "other"), data, tmp_path / "honest", OPTIONS)
-    with pytest.raises(CacheError, match=r"teacher: expected [0-9a-f]+ \(.*\), found [0-9a-f]+; the cache was built with .*other"):
+    with pytest.raises(
+        CacheError, match=r"teacher: expected [0-9a-f]+ \(.*\), found [0-9a-f]+; the cache was built with .*other"
+    ):
         verdict_of(tmp_path / "honest", teacher, data)
     name = Scorer([str(teacher)]).fingerprint
     folder = forge(tmp_path / "honest", data, tmp_path / "false", lambda targets, *rest: targets, teacher=name)
@@ -179,8 +183,8 @@ def test_a_document_that_is_not_there(cache, teacher, data):
 
 def arguments(folder, teacher, text, *more):
     return [
-        "cache", "verify", str(folder), "--teacher", str(teacher), "--data", str(text), "--max-length", "40", "--limit", "25",
-        "--batch-tokens", "200", *map(str, more),
+        "cache", "verify", str(folder), "--teacher", str(teacher), "--data", str(text), "--max-length", "40", "--limit",
+        "25", "--batch-tokens", "200", *map(str, more),
     ]
 
 
@@ -189,7 +193,9 @@ def test_the_command_ends_with_1_on_failure(capsys, cache, teacher, data, text, 
     out = capsys.readouterr().out
     assert "is whole" in out and "live again" in out and "the cache is this teacher's" in out
     written = json.loads((tmp_path / "v.json").read_text())
-    assert written["passed"] and written["documents"] == len(CacheReader(cache)) and set(written["checks"]["mean KL"]) >= {"cache", "control"}
+    assert written["passed"] and written["documents"] == len(CacheReader(cache)) and set(
+        written["checks"]["mean KL"]
+    ) >= {"cache", "control"}
     folder = forge(cache, data, tmp_path / "forged", swapped)
     assert main(arguments(folder, teacher, text)) == 1
     assert "FAILED" in capsys.readouterr().out

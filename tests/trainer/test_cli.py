@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 import yaml
 
 from kd_trainer import assets
@@ -89,6 +90,13 @@ def test_help_is_quick_and_needs_no_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "distil SmolLM2-135M" in done.stdout
+
+
+def test_it_leaves_its_group_of_processes(tmp_path):
+    """A group that is still there when Python is taken down may abort the process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert main(["methods"]) == 0
+    assert not torch.distributed.is_initialized()
 
 
 def test_the_tiny_demo_brings_the_distilled_student_closer(capsys, tmp_path):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 
-from kd_trainer.config import Config, from_tree, load_config, to_yaml
+from kd_trainer import registry
+from kd_trainer.config import (
+    Config, DataConfig, ObjectiveConfig, RolloutConfig, StudentConfig, TeacherConfig, from_tree, load_config, to_yaml,
+)
+from kd_trainer.methods import gkd
 
 MINIMAL = {"out": "o", "method": "sft", "student": {"model": "m"}, "data": {"source": "d"}}
 
@@ -75,6 +81,61 @@ def test_overrides_reach_into_sections_and_keep_types(tmp_path):
 def test_mistakes_are_named(tree, message):
     with pytest.raises(ValueError, match=message):
         from_tree(Config, tree)
+
+
+@pytest.mark.parametrize("name", registry.specs())
+def test_python_and_yaml_give_the_same_run(name):
+    """What the paper decides stands where nothing was written, key by key, however the configuration is made."""
+    spec = registry.spec(name)
+    tree, given = changed(method=name), {"out": "o", "method": name, "student": StudentConfig("m")}
+    if "cache" in spec.needs:
+        tree["cache"] = given["cache"] = "c"
+    elif spec.has_teacher:
+        tree["teacher"], given["teacher"] = {"model": "t"}, TeacherConfig("t")
+    if "several teachers" in spec.needs:
+        tree["more_teachers"], given["more_teachers"] = [{"model": "t"}], (TeacherConfig("t"),)
+    whole = Config(**given, data=DataConfig("d"))
+    assert whole == from_tree(Config, tree) and pickle.loads(pickle.dumps(whole)) == whole
+    sections = {"rollout": {"max_new_tokens": 6}, "objective": {"tail": "drop"}, "data": {"max_length": 64}}
+    part = Config(
+        **given, data=DataConfig("d", max_length=64), objective=ObjectiveConfig(tail="drop"),
+        rollout=RolloutConfig(max_new_tokens=6),
+    )
+    assert part == from_tree(Config, changed(**tree | sections | {"data": {"source": "d", "max_length": 64}}))
+    for section, values in spec.defaults.items():
+        for key, value in values.items():
+            assert getattr(getattr(part, section), key) == value
+    plain = Config(  # the sections' own defaults, written
+        **given, data=DataConfig("d", append_eos=False),
+        objective=ObjectiveConfig("forward_kl", ce_weight=0.0, temperature=1.0),
+        rollout=RolloutConfig(temperature=1.0, top_p=None),
+    )
+    assert (plain.objective, plain.rollout.temperature) == (ObjectiveConfig(kd_weight=plain.objective.kd_weight), 1.0)
+    assert dataclasses.replace(plain, seed=3).objective == plain.objective
+
+
+def test_options_of_a_class_that_methods_share():
+    given = dict(out="o", student=StudentConfig("m"), teacher=TeacherConfig("t"), data=DataConfig("d"))
+    mixed = Config(method="f_distill", options=gkd.Options(each="text"), **given)
+    assert mixed.options == gkd.Options(0.5, 0.5, "text")
+    assert Config(method="f_distill", options=gkd.Options(teacher=0.0), **given).options.teacher == 0.0
+    with pytest.raises(ValueError, match="options must be those of method kid, got Options"):
+        Config(method="kid", options=gkd.Options(), **given)
+
+
+def test_modules_of_ones_own_are_imported_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_specs", dict(registry.specs()))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_my_own.py").write_text(
+        "from kd_trainer.methods.sft import build\nfrom kd_trainer.registry import MethodSpec, register\n"
+        "register(MethodSpec('of_my_own', '', '', build))\n"
+    )
+    assert from_tree(Config, changed(method="of_my_own", imports=["of_my_own"])).imports == ("of_my_own",)
+    with pytest.raises(ValueError, match="imports must be modules that Python finds, got 'nowhere.at_all'; put its"):
+        from_tree(Config, changed(imports=["nowhere.at_all"]))
+    (tmp_path / "lacking.py").write_text("import nothing_of_that_name")
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):
+        from_tree(Config, changed(imports=["lacking"]))
 
 
 @pytest.mark.parametrize(("content", "overrides", "message"), [

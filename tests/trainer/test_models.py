@@ -171,7 +171,9 @@ def test_the_fingerprint_of_a_chat_template(tmp_path):
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("single, policy", [("$A", "none"), ("<begin> $A", "257 text"), ("<begin> $A <end>", "257 text 0")])
+@pytest.mark.parametrize(
+    "single, policy", [("$A", "none"), ("<begin> $A", "257 text"), ("<begin> $A <end>", "257 text 0")]
+)
 def test_what_a_tokenizer_puts_around_a_text(single, policy):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<begin>"})

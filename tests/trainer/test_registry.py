@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from kd_trainer.registry import MethodSpec, register
 from kd_trainer.rollout import step_seed
 from kd_trainer.teachers import NoTeacher
 from kd_trainer.trainer import train
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,25 @@ def test_a_method_of_ones_own_runs_by_name(halved, make_config):
     assert "weight: 0.25" in (Path(config.out) / "config.yaml").read_text()
 
 
+def test_the_pages_method_of_ones_own_runs_as_it_stands_there(tiny, text, tmp_path, monkeypatch, capsys):
+    section = PAGE.read_text().split("## A method of one's own")[1]
+    monkeypatch.setattr(registry, "_specs", dict(registry.specs()))
+    monkeypatch.setitem(sys.modules, "rare", None)
+    monkeypatch.delitem(sys.modules, "rare")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for language, file in (("python", "rare.py"), ("yaml", "rare.yaml")):
+        Path(file).write_text(section.split(f"```{language}\n")[1].split("```")[0])
+    Path("teacher").symlink_to(tiny)
+    Path("text.jsonl").symlink_to(text)
+    assert main(["train", "rare.yaml"]) == 0 and "runs/rare/model" in capsys.readouterr().out
+    assert len(Path("runs/rare/metrics.jsonl").read_text().splitlines()) == 3
+    written = Path("runs/rare/config.yaml").read_text()
+    assert all(line in written for line in ("below: 0.9", "divergence: reverse_kl", "kd_weight: 1.0", "- rare"))
+    assert main(["train", "rare.yaml", "options.below=2"]) == 2
+    assert "options.below must be in (0, 1], got 2" in capsys.readouterr().err
+
+
 def test_what_the_paper_decides_gives_way_to_what_is_written(halved):
     tree = {"out": "o", "method": "halved", "student": {"model": "m"}, "data": {"source": "d"}}
     default = from_tree(Config, tree)
@@ -72,6 +94,8 @@ def test_a_name_is_given_once(halved):
         register(halved)
     with pytest.raises(ValueError, match="needs of other must be among .*, got a reward model"):
         register(MethodSpec("other", "", "", halved.build, needs=("a reward model",)))
+    with pytest.raises(ValueError, match="options of other must be a Section, since .* got Halved"):
+        register(MethodSpec("other", "", "", halved.build, Halved, {"options": {"weight": 0.1}}))
 
 
 def test_every_method_is_listed_with_its_source_and_needs(capsys):

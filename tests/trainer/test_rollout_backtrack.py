@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from rollout_oracles import LENGTHS, VOCAB, logits_after, prompts, tiny_model
 
 from kd_kernels import sample
 from kd_trainer.data import Document
 from kd_trainer.rollout import Options, Sampling, backtrack, generate, mistaken, text_left, trail
+from rollout_oracles import LENGTHS, VOCAB, logits_after, prompts, tiny_model
 
 BACK = 60
 

@@ -8,9 +8,9 @@ import types
 
 import pytest
 import torch
-from rollout_oracles import prompts, tiny_model
 
 from kd_trainer.rollout import LocalEngine, Options, Sampling, VLLMEngine, generate, sequence_keys
+from rollout_oracles import prompts, tiny_model
 
 OPTIONS = Options(max_length=12, min_new_tokens=1, stop_ids=(2, 9), sampling=Sampling(0.8, top_p=0.9))
 TEXTS = [torch.tensor([5, 6, 7]), torch.tensor([8])]
@@ -49,7 +49,9 @@ class Recording:
     def output(self, request, tokens, reason):
         logprobs = [{token: types.SimpleNamespace(logprob=-0.1 * (i + 1), rank=1)} for i, token in enumerate(tokens)]
         completion = types.SimpleNamespace(index=0, token_ids=tuple(tokens), logprobs=logprobs, finish_reason=reason)
-        return types.SimpleNamespace(prompt_token_ids=list(request["prompt_token_ids"]), outputs=[completion], finished=True)
+        return types.SimpleNamespace(
+            prompt_token_ids=list(request["prompt_token_ids"]), outputs=[completion], finished=True
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +100,8 @@ def test_processed_logprobs_are_those_of_the_distribution_that_was_drawn_from():
 
 def test_the_models_own_generation_is_an_engine():
     lm = tiny_model()
-    ours, direct = (f(prompts(), Options(max_new_tokens=4), seed=1) for f in (LocalEngine(lm).generate, lambda *a, **k: generate(lm, *a, **k)))
+    four = Options(max_new_tokens=4)
+    ours, direct = LocalEngine(lm).generate(prompts(), four, seed=1), generate(lm, prompts(), four, seed=1)
     assert all(map(torch.equal, ours.completions, direct.completions))
 
 
@@ -119,10 +122,19 @@ def test_answers_that_are_not_as_documented(answers, message):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda o: setattr(o, "prompt_token_ids", [1]), r"prompt_token_ids of output 0 must be those of the prompt, got \[1\]"),
-        (lambda o: setattr(o.outputs[0], "logprobs", None), "logprobs of output 0 must be one entry for each of its 3 tokens, got None"),
+        (
+            lambda o: setattr(o, "prompt_token_ids", [1]),
+            r"prompt_token_ids of output 0 must be those of the prompt, got \[1\]",
+        ),
+        (
+            lambda o: setattr(o.outputs[0], "logprobs", None),
+            "logprobs of output 0 must be one entry for each of its 3 tokens, got None",
+        ),
         (lambda o: o.outputs[0].logprobs[1].clear(), "logprobs of output 0 must be one entry for each of its 3 tokens"),
-        (lambda o: delattr(o.outputs[0], "token_ids"), "SimpleNamespace must be something with token_ids, got no token_ids"),
+        (
+            lambda o: delattr(o.outputs[0], "token_ids"),
+            "SimpleNamespace must be something with token_ids, got no token_ids",
+        ),
     ],
 )
 def test_outputs_that_are_not_as_documented(spoil, message):
@@ -139,12 +151,18 @@ def test_outputs_that_are_not_as_documented(spoil, message):
 def test_versions_that_do_not_fit(vllm, monkeypatch):
     llm = Recording()
     del llm.llm_engine.model_config.logprobs_mode
-    with pytest.raises(RuntimeError, match="Recording must be something with llm_engine.model_config.logprobs_mode, got no"):
+    with pytest.raises(
+        RuntimeError, match="Recording must be something with llm_engine.model_config.logprobs_mode, got no"
+    ):
         VLLMEngine(llm, vocab=61)
-    with pytest.raises(ValueError, match="logprobs_mode of the LLM must be raw_logprobs or processed_logprobs, got 'raw_logits'"):
+    with pytest.raises(
+        ValueError, match="logprobs_mode of the LLM must be raw_logprobs or processed_logprobs, got 'raw_logits'"
+    ):
         VLLMEngine(Recording(mode="raw_logits"), vocab=61)
     vllm.SamplingParams = lambda temperature: None
-    with pytest.raises(RuntimeError, match="SamplingParams must be a class with the fields n, temperature, .*unexpected keyword"):
+    with pytest.raises(
+        RuntimeError, match="SamplingParams must be a class with the fields n, temperature, .*unexpected keyword"
+    ):
         VLLMEngine(Recording(), vocab=61).generate(TEXTS, OPTIONS, seed=0)
     del vllm.SamplingParams
     with pytest.raises(RuntimeError, match="vllm must be something with SamplingParams, got no SamplingParams"):
@@ -157,8 +175,14 @@ def test_versions_that_do_not_fit(vllm, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (Options(4, sampling=Sampling(temperature=0.005)), "temperature must be 0, or finite and at least 0.01, got 0.005"),
-        (Options(4, sampling=Sampling(temperature=float("inf"))), "temperature must be 0, or finite and at least 0.01, got inf"),
+        (
+            Options(4, sampling=Sampling(temperature=0.005)),
+            "temperature must be 0, or finite and at least 0.01, got 0.005",
+        ),
+        (
+            Options(4, sampling=Sampling(temperature=float("inf"))),
+            "temperature must be 0, or finite and at least 0.01, got inf",
+        ),
         (Options(4, sampling=Sampling(top_p=0.0)), "top_p must be above 0, got 0.0; temperature=0 takes the likeliest"),
         (Options(4, entropy=True), "entropy must be False, got True; vLLM does not return it"),
         (Options(4, stop_ids=(61,)), "stop_ids must be below the model's vocabulary of 61, got 61"),

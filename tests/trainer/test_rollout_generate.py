@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rollout_oracles import LENGTHS, VOCAB, prompts, tiny_model, write_alone
 from torch import nn
 
 from kd_kernels import kd_loss
@@ -17,6 +16,7 @@ from kd_trainer.data import Document, collate
 from kd_trainer.models import CausalLM
 from kd_trainer.rollout import Options, Sampling, generate, pad, prompts_of, score, sequence_keys, step_seed, unpad
 from kd_trainer.rollout.decoder import Decoder, evaluating
+from rollout_oracles import LENGTHS, VOCAB, prompts, tiny_model, write_alone
 
 SAMPLINGS = {
     "plain": Sampling(), "greedy": Sampling(temperature=0), "top_p": Sampling(0.7, top_p=0.8),
@@ -53,7 +53,9 @@ def test_every_token_is_the_one_drawn_without_a_cache(kind, sampling):
 
 @pytest.mark.parametrize("kind", ["gemma2", "opt"])  # soft-capped; positions out of the mask
 def test_every_token_in_fp32(kind):
-    lm, texts = tiny_model(kind, torch.float32, **(dict(ffn_dim=48, word_embed_proj_dim=32) if kind == "opt" else {})), prompts()
+    lm, texts = tiny_model(
+        kind, torch.float32, **(dict(ffn_dim=48, word_embed_proj_dim=32) if kind == "opt" else {})
+    ), prompts()
     rollouts = generate(lm, texts, Options(max_new_tokens=9), seed=7)
     assert rollouts.logprobs[0].dtype == torch.float32
     for i, (text, key) in enumerate(zip(texts, sequence_keys(texts).tolist())):
@@ -150,7 +152,9 @@ def test_positions_stay_inside_of_a_models_table():
 def test_rescoring_agrees_with_what_generation_returned():
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         lm = tiny_model("gemma3_text", dtype)
-        options = Options(max_new_tokens=10, min_new_tokens=3, stop_ids=STOP, sampling=Sampling(0.8, top_p=0.9), entropy=True)
+        options = Options(
+            max_new_tokens=10, min_new_tokens=3, stop_ids=STOP, sampling=Sampling(0.8, top_p=0.9), entropy=True
+        )
         rollouts = generate(lm, prompts(), options, seed=5)
         for batch_tokens in (20, 4096):
             for i, stats in enumerate(score(lm, rollouts.documents(), batch_tokens=batch_tokens)):
@@ -207,7 +211,9 @@ def test_the_next_step_under_autocast_keeps_its_gradient():
 def test_the_head_sees_one_row_a_sequence(monkeypatch):
     lm, seen, original = tiny_model(), [], CausalLM.logits_of
     monkeypatch.setattr(nn.Linear, "forward", counting(nn.Linear.forward, lm.head))
-    monkeypatch.setattr(CausalLM, "logits_of", lambda self, hidden: seen.append(tuple(hidden.shape)) or original(self, hidden))
+    monkeypatch.setattr(
+        CausalLM, "logits_of", lambda self, hidden: seen.append(tuple(hidden.shape)) or original(self, hidden)
+    )
     generate(lm, prompts(), Options(max_new_tokens=3), seed=0)
     assert seen == [(5, 32)] * 3
 
@@ -308,13 +314,19 @@ def test_logits_that_cannot_be_drawn_from():
     "texts, options, message",
     [
         ([], {}, "prompts must be at least one, got none"),
-        ([torch.tensor([], dtype=torch.int64)], {}, r"prompts\[0\] must be of at least one token, got 0; begin with the model's BOS"),
+        (
+            [torch.tensor([], dtype=torch.int64)], {},
+            r"prompts\[0\] must be of at least one token, got 0; begin with the model's BOS",
+        ),
         ([torch.ones(3)], {}, r"prompts\[0\] must be token ids of shape \[L\], got torch.float32 \[3\]"),
         ([torch.tensor([3, 61])], {}, r"token ids of prompts\[0\] must be below the model's vocabulary of 61, got 61"),
         ([torch.tensor([3, -1])], {}, r"token ids of prompts\[0\] must be below the model's vocabulary of 61, got -1"),
         (prompts(), {"stop_ids": (2, 61)}, "stop_ids must be below the model's vocabulary of 61, got 61"),
         (prompts(), {"max_length": 12}, "max_length must be at least 13 for prompt 4 of 12 tokens, got 12; raise it"),
-        (prompts(), {"max_length": 14, "min_new_tokens": 3}, "max_length must be at least 15 for prompt 4 of 12 tokens"),
+        (
+            prompts(), {"max_length": 14, "min_new_tokens": 3},
+            "max_length must be at least 15 for prompt 4 of 12 tokens"
+        ),
     ],
 )
 def test_prompts_and_options_that_do_not_fit(texts, options, message):
@@ -352,11 +364,15 @@ def test_sampling_out_of_range(fields, message):
 
 
 def test_keys_masks_and_documents_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"generate: keys must be int64 of shape \[B=5\], one a prompt, got torch.int64 \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"generate: keys must be int64 of shape \[B=5\], one a prompt, got torch.int64 \[2\]"
+    ):
         generate(MODELS["llama"], prompts(), Options(max_new_tokens=2), seed=0, keys=torch.arange(2))
     with pytest.raises(ValueError, match=r"attention_mask\[1\] must be ones in one run, with padding before or after"):
         unpad(torch.zeros(2, 3), torch.tensor([[0, 1, 1], [1, 0, 1]]))
-    with pytest.raises(ValueError, match=r"input_ids and attention_mask must be of one shape \[B, L\], got \[2, 3\] and \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"input_ids and attention_mask must be of one shape \[B, L\], got \[2, 3\] and \[3\]"
+    ):
         unpad(torch.zeros(2, 3), torch.zeros(3))
     with pytest.raises(ValueError, match=r"score: documents\[0\] must be of at least one target token, got none"):
         score(MODELS["llama"], [Document(torch.arange(3), 3)])

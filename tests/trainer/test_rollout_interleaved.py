@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from rollout_oracles import VOCAB, Written, logits_after, prompts, tiny_model, write_alone
 
 from kd_kernels import sample
 from kd_trainer.models import CausalLM
 from kd_trainer.rollout import Options, Sampling, generate, interleave, score, sequence_keys
+from rollout_oracles import VOCAB, Written, logits_after, prompts, tiny_model, write_alone
 
 STOP = (2, 5, 9, 14, 22, 30, 41, 50)
 STUDENT_SAMPLING, TEACHER_SAMPLING = Sampling(0.5, top_p=0.5), Sampling(0.2, top_p=0.5)  # the paper's
@@ -217,7 +217,10 @@ def test_a_student_that_is_the_teacher_is_always_accepted():
         ({"rule": "nucleus"}, "rule must be one of top_k, speculative, got 'nucleus'"),
         ({"prompts": [torch.tensor([], dtype=torch.int64)]}, r"prompts\[0\] must be of at least one token"),
         ({"options": Options(max_length=12)}, "max_length must be at least 13 for prompt 4 of 12 tokens, got 12"),
-        ({"teacher": tiny_model(vocab_size=50)}, "the student's vocabulary must be the teacher's 50, got 61; .* tokenizer"),
+        (
+            {"teacher": tiny_model(vocab_size=50)},
+            "the student's vocabulary must be the teacher's 50, got 61; .* tokenizer",
+        ),
         ({"teacher": tiny_model("mamba", torch.float32)}, "MambaForCausalLM must be a model with a cache of keys and"),
     ],
 )

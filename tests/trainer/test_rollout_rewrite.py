@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rollout_oracles import VOCAB, logits_after, tiny_model
 
 from kd_kernels import sample
 from kd_trainer.data import Document
 from kd_trainer.models import CausalLM
 from kd_trainer.rollout import Options, Sampling, choose_places, generate, mix, rewrite, score, sequence_keys
+from rollout_oracles import VOCAB, logits_after, tiny_model
 
 MASK = 60
 LM = tiny_model()
@@ -28,7 +28,9 @@ def keys_of(texts: list[Document]) -> list[int]:
 
 def drawn_after(tokens, key, sampling, seed):
     row = logits_after(LM, tokens)
-    found = sample(row, **sampling.arguments(), seed=seed, keys=torch.tensor([key]), positions=torch.tensor([len(tokens)]))
+    found = sample(
+        row, **sampling.arguments(), seed=seed, keys=torch.tensor([key]), positions=torch.tensor([len(tokens)])
+    )
     return int(found.ids), float(found.logprobs), float(row.log_softmax(-1)[0, found.ids])
 
 
@@ -42,7 +44,9 @@ def test_places_are_distinct_targets_and_as_many_as_asked(data):
     targets = length - text.first_target
     fraction = data.draw(st.floats(0.01, 1.0))
     strategy = data.draw(st.sampled_from(["random", "uniform", "hard", "easy"]))
-    places = choose_places([text], fraction, strategy, seed=data.draw(st.integers(0, 50)), entropies=[torch.rand(targets)])[0]
+    places = choose_places(
+        [text], fraction, strategy, seed=data.draw(st.integers(0, 50)), entropies=[torch.rand(targets)]
+    )[0]
     assert len(places) == round(fraction * targets)
     assert bool((places.diff() > 0).all())
     assert not len(places) or text.first_target <= int(places[0]) and int(places[-1]) < length
@@ -53,7 +57,10 @@ def test_places_are_distinct_targets_and_as_many_as_asked(data):
 def test_hard_places_are_those_of_the_largest_entropy_and_easy_ones_of_the_smallest():
     text = Document(torch.arange(7), 2)
     entropies = [torch.tensor([0.5, 2.0, 0.1, 2.0, 0.5])]
-    choose = lambda strategy, fraction: choose_places([text], fraction, strategy, seed=0, entropies=entropies)[0].tolist()  # noqa: E731
+
+    def choose(strategy: str, fraction: float) -> list[int]:
+        return choose_places([text], fraction, strategy, seed=0, entropies=entropies)[0].tolist()
+
     assert choose("hard", 0.2) == [3] and choose("hard", 0.4) == [3, 5] and choose("hard", 0.6) == [2, 3, 5]
     assert choose("easy", 0.2) == [4] and choose("easy", 0.4) == [2, 4] and choose("easy", 0.6) == [2, 4, 6]
 
@@ -79,7 +86,9 @@ def test_exactly_the_places_change_to_what_the_masked_text_predicts(strategy, sa
     texts = documents()
     entropies = [stats.entropy for stats in score(LM, texts)]
     expected_places = choose_places(texts, 0.3, strategy, seed=8, entropies=entropies)
-    found = rewrite(LM, texts, mask_id=MASK, fraction=0.3, strategy=strategy, sampling=sampling, seed=8, batch_tokens=30)
+    found = rewrite(
+        LM, texts, mask_id=MASK, fraction=0.3, strategy=strategy, sampling=sampling, seed=8, batch_tokens=30
+    )
     for i, (old, new, key) in enumerate(zip(texts, found.documents, keys_of(texts))):
         places = expected_places[i]
         assert torch.equal(found.places[i], places) and new.first_target == old.first_target
@@ -89,7 +98,9 @@ def test_exactly_the_places_change_to_what_the_masked_text_predicts(strategy, sa
         for j, place in enumerate(places.tolist()):
             token, logprob, own = drawn_after(masked[:place], key, sampling, 8)
             assert int(new.tokens[place]) == token
-            assert abs(float(found.logprobs[i][j]) - logprob) < 1e-9 and abs(float(found.model_logprobs[i][j]) - own) < 1e-9
+            assert abs(float(found.logprobs[i][j]) - logprob) < 1e-9 and abs(
+                float(found.model_logprobs[i][j]) - own
+            ) < 1e-9
     assert sum(map(len, found.places)) == sum(map(len, found.logprobs)) == 10
 
 
@@ -125,7 +136,9 @@ def test_a_mixture_is_what_is_drawn_token_by_token(kind, monkeypatch):
         torch.testing.assert_close(found.logprobs[i].tolist(), logprobs, rtol=0, atol=1e-9)
     one_by_one = mix(lm, texts, fraction=0.4, sampling=Sampling(0.9), seed=3, batch_size=1)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found.documents, one_by_one.documents))
-    share = sum(map(len, mix(lm, texts * 8, fraction=0.4, seed=3).places)) / (8 * sum(len(t) - t.first_target for t in texts))
+    share = sum(map(len, mix(lm, texts * 8, fraction=0.4, seed=3).places)) / (
+        8 * sum(len(t) - t.first_target for t in texts)
+    )
     assert abs(share - 0.4) < 0.08
 
 
@@ -145,14 +158,32 @@ def test_a_mixture_of_everything_is_a_roll_out():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: rewrite(LM, documents(), mask_id=61, seed=0), "rewrite: mask_id must be below the model's vocabulary of 61, got 61"),
-        (lambda: rewrite(LM, documents(), mask_id=0, strategy="soft", seed=0), "strategy must be one of random, uniform, hard, easy, got 'soft'"),
-        (lambda: rewrite(LM, documents(), mask_id=0, fraction=0.0, seed=0), "fraction must be above 0, up to 1, got 0.0"),
+        (
+            lambda: rewrite(LM, documents(), mask_id=61, seed=0),
+            "rewrite: mask_id must be below the model's vocabulary of 61, got 61",
+        ),
+        (
+            lambda: rewrite(LM, documents(), mask_id=0, strategy="soft", seed=0),
+            "strategy must be one of random, uniform, hard, easy, got 'soft'",
+        ),
+        (
+            lambda: rewrite(LM, documents(), mask_id=0, fraction=0.0, seed=0),
+            "fraction must be above 0, up to 1, got 0.0",
+        ),
         (lambda: rewrite(LM, [], mask_id=0, seed=0), "rewrite: documents must be at least one, got none"),
         (lambda: mix(LM, documents(), fraction=1.5, seed=0), "mix: fraction must be above 0, up to 1, got 1.5"),
-        (lambda: mix(LM, [Document(torch.arange(3), 3)], fraction=0.5, seed=0), r"mix: documents\[0\] must be of at least one target"),
-        (lambda: choose_places(documents(), 0.5, "hard", seed=0), 'entropies must be given with strategy="hard", got None; score gives'),
-        (lambda: rewrite(LM, [Document(torch.tensor([VOCAB, 1]))], mask_id=0, seed=0), "below the model's vocabulary of 61, got 61"),
+        (
+            lambda: mix(LM, [Document(torch.arange(3), 3)], fraction=0.5, seed=0),
+            r"mix: documents\[0\] must be of at least one target",
+        ),
+        (
+            lambda: choose_places(documents(), 0.5, "hard", seed=0),
+            'entropies must be given with strategy="hard", got None; score gives',
+        ),
+        (
+            lambda: rewrite(LM, [Document(torch.tensor([VOCAB, 1]))], mask_id=0, seed=0),
+            "below the model's vocabulary of 61, got 61",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

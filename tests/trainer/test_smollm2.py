@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from transformers_fixtures import NEEDS_SMOLLM2
 
 from kd_kernels import kd_loss
 from kd_trainer import assets
 from kd_trainer.config import DataConfig
 from kd_trainer.data import Text, collate, tokenize
 from kd_trainer.models import CausalLM, cut_layers, load_pretrained, load_tokenizer, vocab_of
+from transformers_fixtures import NEEDS_SMOLLM2
 
 pytestmark = NEEDS_SMOLLM2
 TEXT = (

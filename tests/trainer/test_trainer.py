@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from processes import launch_kdk
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
@@ -27,6 +26,7 @@ from kd_trainer.models import CausalLM, load_pretrained, load_tokenizer, tokeniz
 from kd_trainer.teachers import LiveTeacher, open_cache
 from kd_trainer.tiny import save_tiny_model
 from kd_trainer.trainer import LossModule, accumulate, learning_rate, train
+from processes import launch_kdk
 
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:

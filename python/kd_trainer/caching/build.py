@@ -30,9 +30,9 @@ def build_cache(
 ) -> dict[str, float]:
     """Score every document of a data set with a teacher and write its targets; go on where an earlier call stopped.
 
-    Rows that do not count (a prompt's) are not scored into the cache. Documents that are there already are skipped. Run by
-    torchrun or accelerate, every process scores a share of the documents and writes files of its own; a number of processes
-    goes on with what any other number left.
+    Rows that do not count (a prompt's) are not scored into the cache. Documents that are there already are skipped. Run
+    by torchrun or accelerate, every process scores a share of the documents and writes files of its own; a number of
+    processes goes on with what any other number left.
 
     Args:
         teachers: a name or folder; or several of one tokenizer, averaged before anything is left out.
@@ -42,8 +42,8 @@ def build_cache(
 
     Raises:
         CacheError: ``out`` holds a cache of another teacher, tokenizer or with other options, or cannot be written.
-        ValueError, FileNotFoundError: as in :func:`~kd_trainer.data.load_documents` and in loading a model; an option out of
-            range; a teacher whose hidden states or logits are not finite.
+        ValueError, FileNotFoundError: as in :func:`~kd_trainer.data.load_documents` and in loading a model; an option
+            out of range; a teacher whose hidden states or logits are not finite.
     """
     out, team = Path(out), Team.of(options)
     if not options.resume:
@@ -66,22 +66,28 @@ def build_cache(
     return summary(reader)
 
 
-def manifest_of(scorer: Scorer, documents: Sequence[Document], data: DataConfig, options: CacheOptions) -> CacheManifest:
+def manifest_of(
+    scorer: Scorer, documents: Sequence[Document], data: DataConfig, options: CacheOptions
+) -> CacheManifest:
     """What the folder is a cache of."""
     bos, chat_template = reading_of(documents, scorer.tokenizer)
+    meta = {
+        "teacher": scorer.name, "data": data.source, "dtype": options.dtype, "positions": options.positions,
+        "padding": f"{scorer.padding} columns of the head", "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if options.sampled is not None:
+        draws = f"{options.sampled} draws at temperature {options.proposal_temperature:g}"
+        meta["sampled"] = f"{draws}, beside the first {options.k}"
+    if len(scorer.models) > 1:
+        meta["ensemble"] = f"{options.ensemble}, weights {options.weights or 'equal'}"
     return CacheManifest(
         teacher=scorer.fingerprint, tokenizer=tokenizer_fingerprint(scorer.tokenizer), vocab=scorer.vocab,
         k=min(options.entries, scorer.vocab), mass=options.mass, temperatures=options.temperatures,
         tail=options.sampled is None, importance=options.sampled is not None,
         step_nats=options.step_nats, head_dtype=scorer.head_dtype,
         bos_policy=bos or bos_policy(scorer.tokenizer), chat_template=chat_template or "none",
-        meta={
-            "teacher": scorer.name, "data": data.source, "dtype": options.dtype, "positions": options.positions,
-            "padding": f"{scorer.padding} columns of the head", "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        } | ({} if options.sampled is None else {
-            "sampled": f"{options.sampled} draws at temperature {options.proposal_temperature:g}, beside the first {options.k}",
-        }) | ({"ensemble": f"{options.ensemble}, weights {options.weights or 'equal'}"} if len(scorer.models) > 1 else {}),
+        meta=meta,
     )
 
 
@@ -109,7 +115,8 @@ def _joined(one: Document, other: Document) -> Document:
 
 @torch.no_grad()
 def write_targets(
-    scorer: Scorer, selector: Selector, documents: Sequence[Document], writer: CacheWriter, options: CacheOptions, team: Team
+    scorer: Scorer, selector: Selector, documents: Sequence[Document], writer: CacheWriter, options: CacheOptions,
+    team: Team
 ) -> None:
     """Score documents in batches of nearly one length."""
     label = "cache" if team.size == 1 else f"cache ({team.rank + 1} of {team.size})"

@@ -48,7 +48,9 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--out", required=True, help="folder of the cache")
     build.add_argument("--k", type=int, default=64, help="tokens kept a row (%(default)s)")
     build.add_argument("--mass", type=float, help="keep fewer where they hold this much probability")
-    build.add_argument("--sampled", type=int, help="draw so many tokens a row beside the first k (which may be 0): unbiased")
+    build.add_argument(
+        "--sampled", type=int, help="draw so many tokens a row beside the first k (which may be 0): unbiased"
+    )
     build.add_argument("--proposal-temperature", type=float, default=1.0, help="that they are drawn at (%(default)s)")
     build.add_argument("--temperatures", type=float, nargs="+", default=[1.0], help="that the cache can be read at (1)")
     build.add_argument("--step-nats", type=float, default=1 / 16, help="of log-probabilities; 0: exact (%(default)s)")
@@ -70,8 +72,8 @@ def _build(arguments: argparse.Namespace) -> None:
     from kd_trainer.caching.team import Team
 
     names = (
-        "k", "mass", "sampled", "proposal_temperature", "step_nats", "dtype", "head_dtype", "ensemble", "min_entropy", "fraction", "select", "batch_tokens",
-        "writer", "share", "resume",
+        "k", "mass", "sampled", "proposal_temperature", "step_nats", "dtype", "head_dtype", "ensemble", "min_entropy",
+        "fraction", "select", "batch_tokens", "writer", "share", "resume",
     )
     options = CacheOptions(
         temperatures=tuple(arguments.temperatures), weights=arguments.weights and tuple(arguments.weights),

@@ -31,21 +31,24 @@ class Sequence:
 
 
 def export_cache(
-    folder: str | Path, out: str | Path, form: str, *, rows_per_file: int = 1 << 18, tokens: Mapping[bytes, Tensor] | None = None
+    folder: str | Path, out: str | Path, form: str, *, rows_per_file: int = 1 << 18,
+    tokens: Mapping[bytes, Tensor] | None = None
 ) -> int:
     """Write every sequence, in the order of their keys, into files of about ``rows_per_file`` rows.
 
-    ``out`` appears when it is complete. It also gets :data:`MANIFEST`: what the cache is of. Log-probabilities are natural
-    logarithms, normalised over the whole vocabulary, with the rounding that the cache has. Rows that are not cached have no
-    entries; their next-token log-probability is NaN.
+    ``out`` appears when it is complete. It also gets :data:`MANIFEST`: what the cache is of. Log-probabilities are
+    natural logarithms, normalised over the whole vocabulary, with the rounding that the cache has. Rows that are not
+    cached have no entries; their next-token log-probability is NaN.
 
-    ``safetensors``, N rows of S sequences with E entries in a file: ``keys`` u8 [S, 16]; ``rows`` i64 [S + 1], where each
-    sequence's rows begin; ``offsets`` i64 [N + 1], where each row's entries begin; ``ids`` i32 [E]; ``logprobs`` f32 [E];
-    ``importance`` f32 [E] of sampled ones; ``tail_logprob`` f32 [N] of others; ``next_logprobs`` f32 [N]; ``log_z`` f32
-    [N, T] where temperatures beside 1 are declared; with tokens, ``token_offsets`` i64 [S + 1] and ``tokens`` i32.
+    ``safetensors``, N rows of S sequences with E entries in a file: ``keys`` u8 [S, 16]; ``rows`` i64 [S + 1], where
+    each sequence's rows begin; ``offsets`` i64 [N + 1], where each row's entries begin; ``ids`` i32 [E]; ``logprobs``
+    f32 [E]; ``importance`` f32 [E] of sampled ones; ``tail_logprob`` f32 [N] of others; ``next_logprobs`` f32 [N];
+    ``log_z`` f32 [N, T] where temperatures beside 1 are declared; with tokens, ``token_offsets`` i64 [S + 1] and
+    ``tokens`` i32.
 
-    ``parquet``, a row a sequence: ``key`` 16 bytes; ``counts``, entries of each row; ``ids``, ``logprobs`` and ``importance``,
-    those of all rows one after the other; ``tail_logprob``, ``next_logprobs``; ``log_z``, T numbers a row; ``tokens``.
+    ``parquet``, a row a sequence: ``key`` 16 bytes; ``counts``, entries of each row; ``ids``, ``logprobs`` and
+    ``importance``, those of all rows one after the other; ``tail_logprob``, ``next_logprobs``; ``log_z``, T numbers a
+    row; ``tokens``.
 
     Args:
         tokens: by key, tokens to put beside the rows; sequences without are left out.

@@ -54,7 +54,9 @@ class ImportSummary:
     def table(self) -> str:
         lines = {name: f"{count:,}" for name, count in self.counts.items()}
         lines |= {name: f"{count:,}" for name, count in sorted(self.notes.items())}
-        lines |= {f"refused: {name}": f"{n:,}  ({self.first_refused[name]})" for name, n in sorted(self.refused.items())}
+        lines |= {
+            f"refused: {name}": f"{n:,}  ({self.first_refused[name]})" for name, n in sorted(self.refused.items())
+        }
         return columns(lines)
 
 
@@ -63,16 +65,16 @@ def import_cache(
 ) -> ImportSummary:
     """Turn JSON lines of served log-probabilities into a cache; go on where an earlier call stopped.
 
-    The forms are those of :mod:`kd_trainer.caching.served`. Files are read line by line, so that they can be larger than
-    memory. A tail is ``log(1 - sum p)`` of its row, summed in fp64, and as exact as the log-probabilities that were sent.
-    They must be those of temperature 1: a served row does not determine any other.
+    The forms are those of :mod:`kd_trainer.caching.served`. Files are read line by line, so that they can be larger
+    than memory. A tail is ``log(1 - sum p)`` of its row, summed in fp64, and as exact as the log-probabilities that
+    were sent. They must be those of temperature 1: a served row does not determine any other.
 
     Args:
         files: ``.jsonl`` or ``.jsonl.gz``.
         tokenizer_name: of the model that was served.
         teacher: name and revision of that model; there are no weights to take a fingerprint of.
-        options: with ``write_data``, the sequences are written to that file as token ids with labels, which ``kdk train``
-            reads as ``data.source``: the way to train on exactly these tokens.
+        options: with ``write_data``, the sequences are written to that file as token ids with labels, which
+            ``kdk train`` reads as ``data.source``: the way to train on exactly these tokens.
 
     Raises:
         ValueError: a record that is refused, with its file and line, unless ``skip_refused``; an argument out of range.
@@ -105,7 +107,9 @@ def import_cache(
                         _add(writer, scored, found, data)
                 except Refused as error:
                     if not options.skip_refused:
-                        raise ValueError(f"{WHERE}: {place} must be a record that can be imported, got {error}") from error
+                        raise ValueError(
+                            f"{WHERE}: {place} must be a record that can be imported, got {error}"
+                        ) from error
                     found.refuse(error, place)
     found.notes = reader.notes
     found.counts |= {name: int(value) for name, value in summary(CacheReader(out)).items() if name != "bytes_per_row"}
@@ -152,6 +156,8 @@ def _add(writer: CacheWriter, scored: Scored, found: ImportSummary, data: TextIO
         raise Refused("rows that the cache does not take", error) from error
     found.counts["sequences added" if added else "sequences that were there already"] += 1
     if data is not None:
-        labels = [IGNORED, *(token if row is not None else IGNORED for token, row in zip(scored.tokens[1:], scored.rows))]
+        labels = [
+            IGNORED, *(token if row is not None else IGNORED for token, row in zip(scored.tokens[1:], scored.rows))
+        ]
         data.write(json.dumps({"input_ids": scored.tokens, "labels": labels}) + "\n")
 

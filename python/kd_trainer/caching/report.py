@@ -1,8 +1,8 @@
 """What a cache holds and what it costs: ``kdk cache report``.
 
-Bytes by stream, entries and tails of the rows, and how well the teacher predicts the text are read from the files alone.
-What rounding did to the rows, and whether the kept ids are the teacher's first, is known with the teacher at hand: then the
-report has what :mod:`kd_trainer.caching.verify` measured.
+Bytes by stream, entries and tails of the rows, and how well the teacher predicts the text are read from the files
+alone. What rounding did to the rows, and whether the kept ids are the teacher's first, is known with the teacher at
+hand: then the report has what :mod:`kd_trainer.caching.verify` measured.
 """
 
 from __future__ import annotations

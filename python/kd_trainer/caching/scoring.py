@@ -154,8 +154,8 @@ def memory_named(batch: Batch) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         rows, width = batch.input_ids.shape
         raise ValueError(
-            f"{WHERE}: --batch-tokens must be small enough for the memory of {batch.input_ids.device}, got {rows * width} "
-            f"tokens ({rows} documents of {width}) that do not fit; lower it, or --max-length"
+            f"{WHERE}: --batch-tokens must be small enough for the memory of {batch.input_ids.device}, got "
+            f"{rows * width} tokens ({rows} documents of {width}) that do not fit; lower it, or --max-length"
         ) from error
 
 

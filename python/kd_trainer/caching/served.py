@@ -2,13 +2,14 @@
 
 Known are
 
-own         ``{"input_ids": [L], "top_ids": [[...] * (L - 1)], "top_logprobs": [[...] * (L - 1)], "next_logprobs": [L - 1]}``
+own         ``{"input_ids": [L], "top_ids": [[...] * (L - 1)], "top_logprobs": [[...] * (L - 1)],
+            "next_logprobs": [L - 1]}``
 vLLM        ``prompt_logprobs``: a list of ``{id: {"logprob": ...}}``, with ``prompt_token_ids`` beside it
 chat        ``choices[i].logprobs.content[j].top_logprobs``: lists of ``{"token", "bytes", "logprob"}``
 completions ``choices[i].logprobs`` with lists ``tokens``, ``token_logprobs`` and ``top_logprobs``
 
-Row i says what the model expected after token i. A row that a server left out is None. What servers are known to do to rows
-is undone and counted in ``notes``, or the record is :class:`Refused`; nothing is guessed.
+Row i says what the model expected after token i. A row that a server left out is None. What servers are known to do to
+rows is undone and counted in ``notes``, or the record is :class:`Refused`; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from kd_trainer.caching.refused import Refused
 from kd_trainer.caching.token_names import TokenNames
 
 MASS_TOLERANCE = 1e-3
-"""How far above 1 the probabilities of a row may add up: log-probabilities of half precision, or printed with few digits."""
+"""How far above 1 the probabilities of a row may add up: log-probabilities of half precision, or printed with few
+digits."""
 
 SAME_TOKEN_NATS = 1e-2
 """How far two mentions of one token in a row may be apart and still be one."""
@@ -86,7 +88,7 @@ class Reader:
             if "top_ids" in response:
                 return [self._own(response)]
             return [self._choice(request, response, choice) for choice in response.get("choices") or [{}]]
-        except (AttributeError, IndexError, KeyError, TypeError) as error:  # lists where objects are expected, and the like
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # lists where objects are expected
             raise Refused("a record of an unknown form", f"{type(error).__name__}: {error}") from error
 
     # ------------------------------------------------------------------------------------------------------- forms
@@ -95,7 +97,9 @@ class Reader:
         tokens = self._tokens(record.get("input_ids"), "input_ids")
         ids, logprobs = record["top_ids"], record.get("top_logprobs")
         if not isinstance(ids, list) or not isinstance(logprobs, list) or len(ids) != len(logprobs):
-            raise Refused("top_ids and top_logprobs that are no lists of one length", f"{_size(ids)} and {_size(logprobs)}")
+            raise Refused(
+                "top_ids and top_logprobs that are no lists of one length", f"{_size(ids)} and {_size(logprobs)}"
+            )
         next_logprobs = record.get("next_logprobs") or [None] * (len(tokens) - 1)
         if len(next_logprobs) != len(tokens) - 1:
             raise Refused("next_logprobs that are not one a row", f"{len(next_logprobs)} for {len(tokens)} tokens")
@@ -104,14 +108,21 @@ class Reader:
             if row_ids is None:
                 entries.append(None)
             elif not isinstance(row, list) or len(row_ids) != len(row):
-                raise Refused("a row with other than one log-probability an id", f"row {i}: {len(row_ids)} and {_size(row)}")
+                raise Refused(
+                    "a row with other than one log-probability an id", f"row {i}: {len(row_ids)} and {_size(row)}"
+                )
             else:
                 entries.append(list(zip(row_ids, row)))
         if len(entries) == len(tokens) and entries[0] is None:
             entries = entries[1:]
         if len(entries) != len(tokens) - 1:
-            raise Refused("rows shifted or missing", f"{len(entries)} rows for {len(tokens)} tokens, which have {len(tokens) - 1}")
-        rows = [self._row(row, token, given, i) for i, (row, token, given) in enumerate(zip(entries, tokens[1:], next_logprobs))]
+            raise Refused(
+                "rows shifted or missing", f"{len(entries)} rows for {len(tokens)} tokens, which have {len(tokens) - 1}"
+            )
+        rows = [
+            self._row(row, token, given, i)
+            for i, (row, token, given) in enumerate(zip(entries, tokens[1:], next_logprobs))
+        ]
         return Scored(tokens, rows)
 
     def _choice(self, request: dict, response: dict, choice: dict) -> Scored:
@@ -126,11 +137,15 @@ class Reader:
             return Scored(self._tokens(tokens, "tokens"), rows)
 
         prompt = self._prompt(request, response, choice)
-        rows: list[Row | None] = [None] * (len(prompt) - 1) if in_prompt is None else self._prompt_rows(in_prompt, prompt)
+        unscored: list[Row | None] = [None] * (len(prompt) - 1)
+        rows = unscored if in_prompt is None else self._prompt_rows(in_prompt, prompt)
         tokens = list(prompt)
         if logprobs is not None:
             said, given, entries = self._said(logprobs, choice)
-            rows += [self._row(row, token, value, len(prompt) + i) for i, (row, token, value) in enumerate(zip(entries, said, given))]
+            rows += [
+                self._row(row, token, value, len(prompt) + i)
+                for i, (row, token, value) in enumerate(zip(entries, said, given))
+            ]
             tokens += said
             if not prompt:
                 self.notes["first position without a prompt: no row"] += 1
@@ -161,8 +176,8 @@ class Reader:
         )
 
     def _prompt_rows(self, listed: object, tokens: list[int]) -> list[Row | None]:
-        """vLLM's list for a prompt. In it every position names the token that stands there, whatever its rank, so that a
-        list that is shifted shows."""
+        """vLLM's list for a prompt. In it every position names the token that stands there, whatever its rank, so that
+        a list that is shifted shows."""
         if not isinstance(listed, list) or not all(entry is None or isinstance(entry, dict) for entry in listed):
             raise Refused("prompt_logprobs that are no list of objects", repr(listed)[:80])
         positions = [self._by_id(entry) if entry else None for entry in listed]
@@ -295,7 +310,9 @@ class Reader:
                 raise Refused("a log-probability that is no number up to 0", f"row {place}: {value}")
             if index in values:
                 if abs(values[index] - value) > SAME_TOKEN_NATS:
-                    raise Refused("one id with two log-probabilities", f"row {place}, id {index}: {values[index]}, {value}")
+                    raise Refused(
+                        "one id with two log-probabilities", f"row {place}, id {index}: {values[index]}, {value}"
+                    )
                 self.notes["duplicated tokens dropped"] += 1
                 continue
             values[index] = min(0.0, float(value))

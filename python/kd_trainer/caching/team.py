@@ -18,7 +18,8 @@ from kd_trainer.errors import fail
 
 @dataclass(frozen=True)
 class Team:
-    """This process among those that share a cache: of one launcher (torchrun, accelerate), or told so by ``--share``."""
+    """This process among those that share a cache: of one launcher (torchrun, accelerate), or told so by
+    ``--share``."""
 
     rank: int
     size: int
@@ -45,17 +46,18 @@ class Team:
     def owns(self, key: bytes) -> bool:
         """Whether a sequence is this process's to score.
 
-        By a hash of its key and of the number of processes: what some processes left undone is then shared out evenly among
-        any other number of them.
+        By a hash of its key and of the number of processes: what some processes left undone is then shared out evenly
+        among any other number of them.
         """
         digest = hashlib.blake2b(key + self.size.to_bytes(4, "little"), digest_size=8).digest()
         return int.from_bytes(digest, "little") % self.size == self.rank
 
     def recover(self, folder: Path) -> None:
-        """Seal what writers that were killed have left unsealed, so that nobody scores it again. The first process does it.
+        """Seal what writers that were killed have left unsealed, so that nobody scores it again. The first process does
+        it.
 
-        Not with shares: one that is just being started would find its name taken. It seals its own; ``kdk cache recover``
-        is for names that do not come again.
+        Not with shares: one that is just being started would find its name taken. It seals its own;
+        ``kdk cache recover`` is for names that do not come again.
         """
         if self.launched is not None and self.rank == 0 and any(folder.glob("manifest.jsonl")):
             recover(folder)

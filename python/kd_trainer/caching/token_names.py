@@ -36,7 +36,8 @@ class TokenNames:
             data: its bytes, where the server sent them.
 
         Raises:
-            Refused: no id has this name, or several have; the text stands for bytes that are no UTF-8 and were not sent.
+            Refused: no id has this name, or several have; the text stands for bytes that are no UTF-8 and were not
+                sent.
         """
         if text is not None and (found := TOKEN_ID.fullmatch(text)):
             return int(found[1])
@@ -57,7 +58,9 @@ class TokenNames:
 
     def _only(self, found: int | None, name: str) -> int:
         if found is None:
-            raise Refused("a token that the tokenizer does not have", name, "give the tokenizer of the model that was served")
+            raise Refused(
+                "a token that the tokenizer does not have", name, "give the tokenizer of the model that was served"
+            )
         if found == AMBIGUOUS:
             raise Refused(
                 "a token whose name several ids have", name, "ask the server for token ids, or for bytes",
@@ -68,7 +71,9 @@ class TokenNames:
         """What ``decode`` makes of every id alone, which is what servers send."""
         table: dict[str, int] = {}
         ids = sorted(self._tokenizer.get_vocab().values())
-        for index, text in zip(ids, self._tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)):
+        for index, text in zip(
+            ids, self._tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+        ):
             table[text] = AMBIGUOUS if text in table else index
         return table
 

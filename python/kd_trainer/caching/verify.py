@@ -1,18 +1,18 @@
 """A cache against the teacher that it is of: ``kdk cache verify``.
 
-Documents are scored again, twice: batched as ``kdk cache build`` does, and in another order in smaller batches. How far the two
-differ is the teacher's own noise (a product is not the same to the last bit in another shape, least of all on a GPU), and the
-cache has to be as near to the first as the second is, but for what it rounded.
+Documents are scored again, twice: batched as ``kdk cache build`` does, and in another order in smaller batches. How far
+the two differ is the teacher's own noise (a product is not the same to the last bit in another shape, least of all on a
+GPU), and the cache has to be as near to the first as the second is, but for what it rounded.
 
-With s the step in nats, entries that are off by at most s / 2 and then scaled to the row's mass differ by at most s from the
-teacher's, and the KL of a row by at most s^2 / 8 (Hoeffding's lemma), s^2 / 24 on average (the variance of a uniform error,
-halved). Errors in log-probabilities add; KL is near half a mean square, so that its roots add.
+With s the step in nats, entries that are off by at most s / 2 and then scaled to the row's mass differ by at most s
+from the teacher's, and the KL of a row by at most s^2 / 8 (Hoeffding's lemma), s^2 / 24 on average (the variance of a
+uniform error, halved). Errors in log-probabilities add; KL is near half a mean square, so that its roots add.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -106,8 +106,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What :func:`verify` found. ``agreement`` and ``control_agreement`` are reported, and judged by ``shortfall``: which
-    of two equally likely tokens is kept means nothing."""
+    """What :func:`verify` found. ``agreement`` and ``control_agreement`` are reported, and judged by ``shortfall``:
+    which of two equally likely tokens is kept means nothing."""
 
     documents: int
     rows: int
@@ -125,7 +125,9 @@ class Verdict:
             "documents": self.documents, "rows": self.rows, "passed": self.passed, "agreement": self.agreement,
             "control_agreement": self.control_agreement, "worst": self.worst,
             "checks": {
-                check.name: {"cache": check.cache, "control": check.control, "allowed": check.allowed, "passed": check.passed}
+                check.name: {
+                    "cache": check.cache, "control": check.control, "allowed": check.allowed, "passed": check.passed
+                }
                 for check in self.checks
             },
         }
@@ -307,15 +309,19 @@ def _verdict(reader: CacheReader, documents: int, cache: Distance, control: Dist
         fail("verify_cache", "the documents", "of at least one cached row", "none")
     step = reader.manifest.step_nats
     add = lambda bound, noise: bound + NOISE_FACTOR * noise + FLOOR_NATS  # noqa: E731
-    add_roots = lambda bound, noise: (math.sqrt(bound) + NOISE_FACTOR * math.sqrt(noise) + FLOOR_NATS) ** 2  # noqa: E731
+    add_roots = lambda bound, noise: add(math.sqrt(bound), math.sqrt(noise)) ** 2  # noqa: E731
     checks = [
         Check("max |d logprob|", cache.logprobs.largest, control.logprobs.largest, add(step, control.logprobs.largest)),
         Check("p99 |d logprob|", cache.logprobs.p99, control.logprobs.p99, add(step, control.logprobs.p99)),
     ]
     if cache.next.count:
-        checks.append(Check("max |d next logprob|", cache.next.largest, control.next.largest, add(step, control.next.largest)))
+        checks.append(
+            Check("max |d next logprob|", cache.next.largest, control.next.largest, add(step, control.next.largest))
+        )
     if cache.log_z.count:
-        checks.append(Check("max |d log Z|", cache.log_z.largest, control.log_z.largest, add(step, control.log_z.largest)))
+        checks.append(
+            Check("max |d log Z|", cache.log_z.largest, control.log_z.largest, add(step, control.log_z.largest))
+        )
     if not reader.manifest.importance:
         checks += [
             Check("mean KL", cache.mean_kl, control.mean_kl, add_roots(step**2 / 24, max(0.0, control.mean_kl))),

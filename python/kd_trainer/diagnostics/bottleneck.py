@@ -1,13 +1,14 @@
 """The softmax bottleneck: is a student wide enough for what its teacher says?
 
-Godey et al. 2024, "Why do small language models underperform? Studying Language Model Saturation via the Softmax Bottleneck",
-arXiv 2404.07647; Yang et al. 2018, "Breaking the Softmax Bottleneck", arXiv 1711.03953. The log-probabilities of a head of width
-d, over any number of contexts, are a matrix of rank d, plus a constant a row. So the d largest singular values of the teacher's
-centred log-probabilities bound what a student of width d can match:
+Godey et al. 2024, "Why do small language models underperform? Studying Language Model Saturation via the Softmax
+Bottleneck", arXiv 2404.07647; Yang et al. 2018, "Breaking the Softmax Bottleneck", arXiv 1711.03953. The
+log-probabilities of a head of width d, over any number of contexts, are a matrix of rank d, plus a constant a row. So
+the d largest singular values of the teacher's centred log-probabilities bound what a student of width d can match:
 
 effective rank   exp of the entropy of the normalised singular values (Roy and Vetterli 2007)
-KL floor         mean KL(p || softmax(A_d)), A_d the best rank-d approximation of the teacher's centred log-probabilities in the
-                 least-squares sense: what a head of width d reaches without further training. (The best in KL may be a little lower.)
+KL floor         mean KL(p || softmax(A_d)), A_d the best rank-d approximation of the teacher's centred
+                 log-probabilities in the least-squares sense: what a head of width d reaches without further training.
+                 (The best in KL may be a little lower.)
 anisotropy       mean cosine of the last hidden states of two contexts; near 1 the head sees nearly one direction
 """
 
@@ -32,7 +33,8 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 def head_spectrum(weight: Tensor) -> Tensor:
-    """fp64 ``[min(V, H)]``: singular values of a head ``[V, H]``, falling, from its Gram matrix: 8 H^2 bytes, 2 V H^2 operations."""
+    """fp64 ``[min(V, H)]``: singular values of a head ``[V, H]``, falling, from its Gram matrix: 8 H^2 bytes, 2 V H^2
+    operations."""
     wide = weight.shape[0] < weight.shape[1]
     gram = torch.zeros(min(weight.shape), min(weight.shape), dtype=torch.float64, device=weight.device)
     for part in (weight.t() if wide else weight).split(4096):
@@ -121,7 +123,8 @@ class BottleneckReport:
 
 @torch.no_grad()
 def bottleneck_report(
-    teacher: CausalLM, student: CausalLM, documents: Sequence[Document], *, contexts: int = 2048, batch_tokens: int = 2048
+    teacher: CausalLM, student: CausalLM, documents: Sequence[Document], *, contexts: int = 2048,
+    batch_tokens: int = 2048
 ) -> BottleneckReport:
     """Heads, hidden states and the KL floor of two models on the rows that count of some documents.
 

@@ -25,6 +25,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     _add_rollouts(found)
     found.set_defaults(run=_exposure)
 
+    found = kinds.add_parser("accepted", help="accepted length of speculative decoding with a student as the draft")
+    _add_models(found, "target", "draft")
+    _add_prompts(found)
+    found.add_argument("--gamma", type=int, default=5, help="drafts of a round (%(default)s)")
+    found.set_defaults(run=_accepted)
+
     found = kinds.add_parser("flips", help="negative flips and churn of the next token, from an old model to a new one")
     _add_models(found, "old", "new")
     found.set_defaults(run=_flips)
@@ -44,13 +50,17 @@ def _add_models(parser: argparse.ArgumentParser, first: str, second: str, severa
     add_data_arguments(parser)
 
 
-def _add_rollouts(parser: argparse.ArgumentParser) -> None:
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, help="of texts without a prompt, so many first tokens are one")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of a roll-out (%(default)s)")
+    parser.add_argument("--no-stop", action="store_true", help="go on after the end of sequence: all of one length")
+
+
+def _add_rollouts(parser: argparse.ArgumentParser) -> None:
+    _add_prompts(parser)
     parser.add_argument("--samples", type=int, default=1, help="roll-outs from each prompt (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the student's roll-outs (%(default)s)")
     parser.add_argument("--top-p", type=float, help="likewise")
-    parser.add_argument("--no-stop", action="store_true", help="go on after the end of sequence: all of one length")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
 
@@ -68,14 +78,18 @@ def _load(arguments: argparse.Namespace):
     return tokenizer, first, others, load_documents(data_config(arguments), tokenizer, first.vocab)
 
 
-def _rollouts(arguments: argparse.Namespace, tokenizer) -> tuple[object, dict[str, object]]:
+def _options(arguments: argparse.Namespace, tokenizer, **sampling: float | None):
     from kd_trainer.rollout import Options, Sampling
 
     end = tokenizer.eos_token_id
-    options = Options(
+    return Options(
         max_new_tokens=arguments.max_new_tokens, stop_ids=() if end is None or arguments.no_stop else (end,),
-        sampling=Sampling(arguments.temperature, top_p=arguments.top_p), batch_size=16,
+        sampling=Sampling(**sampling), batch_size=16,
     )
+
+
+def _rollouts(arguments: argparse.Namespace, tokenizer) -> tuple[object, dict[str, object]]:
+    options = _options(arguments, tokenizer, temperature=arguments.temperature, top_p=arguments.top_p)
     keywords = ("seed", "samples", "prompt_tokens", "batch_tokens")
     return options, {name: getattr(arguments, name) for name in keywords}
 
@@ -103,6 +117,18 @@ def _exposure(arguments: argparse.Namespace) -> None:
     options, keywords = _rollouts(arguments, tokenizer)
     (student,) = students.values()
     result = excess_error(teacher, student, documents, options, **keywords)
+    _show(arguments, result.table(), result)
+
+
+def _accepted(arguments: argparse.Namespace) -> None:
+    from kd_trainer.diagnostics.accepted import accepted_length, load_fusion
+
+    tokenizer, target, drafts, documents = _load(arguments)
+    ((name, draft),) = drafts.items()
+    result = accepted_length(
+        target, draft, documents, _options(arguments, tokenizer), gamma=arguments.gamma, fusion=load_fusion(name),
+        prompt_tokens=arguments.prompt_tokens, batch_tokens=arguments.batch_tokens,
+    )
     _show(arguments, result.table(), result)
 
 

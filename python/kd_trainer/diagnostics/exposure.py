@@ -10,6 +10,12 @@ Generation", arXiv 2204.01171. With p the teacher, which is the oracle here, q t
 0 is a student without exposure bias: it errs no more where it led itself. MiniLLM (arXiv 2306.08543) and KID (arXiv
 2410.11371) report this number. Contexts are sampled; the KL at each is exact, over the whole vocabulary.
 
+Verified in the authors' code (kushalarora/quantifying_exposure_bias, exposure_bias.py): the KL's direction, that it is
+summed along a sequence before means are taken, and 100 (ratio - 1). Other than there, on purpose: their second
+expectation runs along human text, and here along what the oracle writes, as the formula has it; they sum from the
+prompt's second token on, which both expectations share, and here from the first one written; they drop sequences that
+have ended from the means of larger lengths.
+
 A sequence that has ended says nothing more: both models are taken to stay at its end, so that its later terms are 0.
 Where a student ends earlier or later than its teacher, that is part of R; ``student_tokens`` and ``teacher_tokens``
 say how far it is so, and ``per_token`` is the same excess of mean errors a token, which lengths do not enter.
@@ -78,9 +84,26 @@ class ExcessError:
         ])
 
 
+def oracle_texts(
+    teacher: CausalLM, documents: Sequence[Document], options: Options, *, seed: int, samples: int = 1,
+    prompt_tokens: int | None = None,
+) -> list[Document]:
+    """What the teacher, sampled from as it is, writes from the prompts of documents.
+
+    It depends on no student, so that several can be measured on one writing. Arguments and errors are those of
+    :func:`excess_error`.
+    """
+    where = "oracle_texts"
+    _check(where, options, samples)
+    plain = dataclasses.replace(options, sampling=Sampling())
+    prompts = prompts_in(where, documents, prompt_tokens)
+    return written(teacher, prompts, plain, seed=step_seed(seed, 0, "teacher's contexts"), samples=samples)
+
+
 def excess_error(
     teacher: CausalLM, student: CausalLM, documents: Sequence[Document], options: Options, *, seed: int,
     samples: int = 1, prompt_tokens: int | None = None, batch_tokens: int = 2048,
+    by_teacher: Sequence[Document] | None = None,
 ) -> ExcessError:
     """ExAccErr at ``options.max_new_tokens`` over the prompts of documents.
 
@@ -89,31 +112,39 @@ def excess_error(
             from as it is. ``stop_ids`` end a sequence; without them all are ``max_new_tokens`` long.
         samples: sequences of each model from each prompt.
         prompt_tokens: of a text without a prompt, so many first tokens are one.
+        by_teacher: what :func:`oracle_texts` returned for the same documents and arguments; None: written now.
 
     Raises:
-        ValueError: other vocabularies; no prompts; no ``max_new_tokens``; no error on the teacher's contexts.
+        ValueError: other vocabularies; no prompts; no ``max_new_tokens``; no error on the teacher's contexts; teacher's
+            texts of other prompts.
 
-    Cost: the roll-outs of both models, and one pass of both over all of them.
+    Cost: the roll-outs of both models (with ``by_teacher`` of the student alone), and a pass of both over all of them.
     """
     where = "excess_error"
     if teacher.vocab != student.vocab:
         fail(where, "the student's vocabulary", f"the teacher's {teacher.vocab}", student.vocab)
-    if samples < 1:
-        fail(where, "samples", "at least 1", samples)
-    if options.max_new_tokens is None:
-        fail(where, "options.max_new_tokens", "given: it is the length that errors accumulate over", None)
+    _check(where, options, samples)
     prompts, length = prompts_in(where, documents, prompt_tokens), options.max_new_tokens
+    texts = {"student": written(
+        student, prompts, options, seed=step_seed(seed, 0, "student's contexts"), samples=samples
+    )}
+    how = dict(seed=seed, samples=samples, prompt_tokens=prompt_tokens)
+    texts["teacher"] = by_teacher or oracle_texts(teacher, documents, options, **how)
+    repeated = [prompt.tolist() for prompt in prompts for _ in range(samples)]
+    if repeated != [text.tokens[: text.first_target].tolist() for text in texts["teacher"]]:
+        need = f"{samples} texts of each of the {len(prompts)} prompts"
+        fail(where, "by_teacher", need, f"{len(by_teacher)} of others")
     errors, tokens = {}, {}
-    for name, model in (("student", student), ("teacher", teacher)):
-        plain = options if name == "student" else dataclasses.replace(options, sampling=Sampling())
-        texts = written(model, prompts, plain, seed=step_seed(seed, 0, f"{name}'s contexts"), samples=samples)
-        found = divergences_along(teacher, student, texts, batch_tokens)
+    for name, own in texts.items():
+        found = divergences_along(teacher, student, own, batch_tokens)
         tokens[name] = sum(map(len, found)) / len(found)
         padded = torch.stack([torch.nn.functional.pad(error, (0, length - len(error))) for error in found])
         errors[name] = padded.unflatten(0, (len(prompts), samples)).mean(1).cumsum(1)  # [prompts, length]
     regret, expected = errors["student"].mean(0), errors["teacher"].mean(0)
     if not float(expected[-1]) > 0.0:
-        fail(where, "the error on the teacher's contexts", "above 0", float(expected[-1]), "are the two the same model?")
+        fail(
+            where, "the error on the teacher's contexts", "above 0", float(expected[-1]), "are the two the same model?"
+        )
     return ExcessError(
         prompts=len(prompts), samples=samples, length=length, student_tokens=tokens["student"],
         teacher_tokens=tokens["teacher"], regret=float(regret[-1]), expected=float(expected[-1]),
@@ -122,6 +153,13 @@ def excess_error(
         per_token=_percent(float(regret[-1]) / tokens["student"], float(expected[-1]) / tokens["teacher"]),
         by_length=[(i + 1, *pair) for i, pair in enumerate(zip(regret.tolist(), expected.tolist()))],
     )
+
+
+def _check(where: str, options: Options, samples: int) -> None:
+    if samples < 1:
+        fail(where, "samples", "at least 1", samples)
+    if options.max_new_tokens is None:
+        fail(where, "options.max_new_tokens", "given: it is the length that errors accumulate over", None)
 
 
 def divergences_along(

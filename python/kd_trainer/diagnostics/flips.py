@@ -1,7 +1,8 @@
 """What an update changed: negative flips and churn.
 
 negative flip   an item that the old model had right and the new one has wrong
-                (Yan et al. 2021, "Positive-Congruent Training", arXiv 2011.09161; as MUSCLE reports them, arXiv 2407.09435)
+                (Yan et al. 2021, "Positive-Congruent Training", arXiv 2011.09161; as MUSCLE reports them, arXiv
+                2407.09435)
 churn           a row where the likeliest token of the two models differs (Jiang et al. 2021, arXiv 2106.02654)
 """
 
@@ -42,20 +43,26 @@ class Flips:
 
 
 def flips(old_right: Sequence[bool], new_right: Sequence[bool]) -> Flips:
-    """Of items that two models answered; churn counts items of which one model had the answer right and the other not."""
+    """Of items that two models answered; churn counts items of which one model had the answer right and the other
+    not."""
     if len(old_right) != len(new_right) or not len(old_right):
-        fail("flips", "old_right and new_right", "as long as each other, and not empty", f"{len(old_right)} and {len(new_right)}")
+        fail(
+            "flips", "old_right and new_right", "as long as each other, and not empty",
+            f"{len(old_right)} and {len(new_right)}",
+        )
     pairs = list(zip(map(bool, old_right), map(bool, new_right)))
     share = lambda which: sum(map(which, pairs)) / len(pairs)  # noqa: E731
     return Flips(
-        len(pairs), share(lambda pair: pair[0]), share(lambda pair: pair[1]), share(lambda pair: pair[0] and not pair[1]),
+        len(pairs), share(lambda pair: pair[0]), share(lambda pair: pair[1]),
+        share(lambda pair: pair[0] and not pair[1]),
         share(lambda pair: pair[1] and not pair[0]), share(lambda pair: pair[0] != pair[1]),
     )
 
 
 @torch.no_grad()
 def token_flips(old: CausalLM, new: CausalLM, documents: Sequence[Document], *, batch_tokens: int = 2048) -> Flips:
-    """Of the next token at every row that counts; right is the label in the first place. Churn compares the first places."""
+    """Of the next token at every row that counts; right is the label in the first place. Churn compares the first
+    places."""
     if old.vocab != new.vocab:
         fail("token_flips", "the new model's vocabulary", f"the old one's {old.vocab}", new.vocab)
     first: dict[str, list[torch.Tensor]] = {"old": [], "new": []}
@@ -68,4 +75,7 @@ def token_flips(old: CausalLM, new: CausalLM, documents: Sequence[Document], *, 
             first[name].append(token_stats(logits, rows.labels[rows.counted]).argmax.cpu())
     wanted, (a, b) = torch.cat(labels), (torch.cat(first[name]) for name in ("old", "new"))
     found = flips((a == wanted).tolist(), (b == wanted).tolist())
-    return Flips(found.items, found.old_accuracy, found.new_accuracy, found.negative, found.positive, float((a != b).double().mean()))
+    return Flips(
+        found.items, found.old_accuracy, found.new_accuracy, found.negative, found.positive,
+        float((a != b).double().mean()),
+    )

@@ -1,4 +1,5 @@
-"""Our losses inside the trainers and behind the names that people already use: an import line, or one argument, is the change.
+"""Our losses inside the trainers and behind the names that people already use: an import line, or one argument, is the
+change.
 
 ===============  =====================================================================================================
 module           what it stands in for
@@ -10,5 +11,6 @@ module           what it stands in for
 ``torch``        ``F.kl_div``, ``nn.KLDivLoss``, ``F.linear_cross_entropy``
 ===============  =====================================================================================================
 
-Nothing is imported here: each module needs its own library, at the versions that it was tested with, and refuses others.
+Nothing is imported here: each module needs its own library, at the versions that it was tested with, and refuses
+others.
 """

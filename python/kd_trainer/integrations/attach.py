@@ -1,8 +1,8 @@
 """A model whose forward, given labels, returns the distillation loss in place of its own.
 
-The loss is computed *inside* the model's forward, so whatever is wrapped around it sees an ordinary forward with an ordinary
-loss: DDP and FSDP run their hooks (FSDP2 has gathered the head by then), autocast, ``torch.compile``, PEFT and gradient
-checkpointing apply, and transformers' own counting of tokens stays in charge of the normalisation.
+The loss is computed *inside* the model's forward, so whatever is wrapped around it sees an ordinary forward with an
+ordinary loss: DDP and FSDP run their hooks (FSDP2 has gathered the head by then), autocast, ``torch.compile``, PEFT and
+gradient checkpointing apply, and transformers' own counting of tokens stays in charge of the normalisation.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def inspected(model: nn.Module, valid_vocab: int | None) -> CausalLM:
-    """Head, scale and softcap of a student or a teacher, compared once with its own logits, in the dtype of its weights.
+    """Head, scale and softcap of a student or a teacher, compared once with its own logits, in the dtype of its
+    weights.
 
     Raises:
         ValueError: no head is found; the message says which attributes were looked for.
@@ -99,7 +100,8 @@ def attach(student: CausalLM, targets: BatchTargets, options: KDOptions) -> Call
     before = model.__dict__.get("forward")
     original = model.forward
 
-    @functools.wraps(getattr(original, "__func__", original))  # Trainer reads its signature to choose a data set's columns
+    # Trainer reads its signature to choose a data set's columns.
+    @functools.wraps(getattr(original, "__func__", original))
     def forward(self: nn.Module, *args: object, **inputs: object) -> CausalLMOutputWithPast:
         labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
         if labels is None and shifted is None:
@@ -128,8 +130,8 @@ def attach(student: CausalLM, targets: BatchTargets, options: KDOptions) -> Call
 
 
 def objective(
-    student: LinearLogits, teacher: LinearLogits | SparseTargets, options: KDOptions, labels: Tensor, count: Tensor | float | None,
-    stats: tuple[str, ...] = (),
+    student: LinearLogits, teacher: LinearLogits | SparseTargets, options: KDOptions, labels: Tensor,
+    count: Tensor | float | None, stats: tuple[str, ...] = (),
 ) -> KDLoss:
     """The loss of the given rows, over the global number of tokens where the trainer has counted them."""
     if isinstance(count, Tensor):

@@ -1,8 +1,8 @@
 """Distillation with transformers' own ``Trainer``.
 
-``Trainer(model, args, train_dataset=...)`` becomes ``KDTrainer(model, args, train_dataset=..., teacher="name")``, or keeps its
-class and gets ``callbacks=[KDCallback(teacher="name")]``. The data set needs what language-model training needs: ``input_ids``,
-``labels`` with -100 where a token does not count, and ``attention_mask`` where rows are padded.
+``Trainer(model, args, train_dataset=...)`` becomes ``KDTrainer(model, args, train_dataset=..., teacher="name")``, or
+keeps its class and gets ``callbacks=[KDCallback(teacher="name")]``. The data set needs what language-model training
+needs: ``input_ids``, ``labels`` with -100 where a token does not count, and ``attention_mask`` where rows are padded.
 
 The trainer's own ``num_items_in_batch`` is the divisor, so gradient accumulation and the number of processes change no
 gradient beyond rounding. DDP and FSDP2 wrap the student as ever; a live teacher is held whole by every process.
@@ -42,8 +42,8 @@ class KDCallback(TrainerCallback):
             fingerprint must be the cache's.
 
     Raises, when the Trainer is made or before its first step:
-        ValueError: an option of the trainer that cannot work (it is named), tokenizers or vocabularies that differ, a head
-            that is not found.
+        ValueError: an option of the trainer that cannot work (it is named), tokenizers or vocabularies that differ, a
+            head that is not found.
         CacheError: a cache of another tokenizer, or that lacks sequences of the data set.
         RuntimeError: transformers or peft of a version that this was not tested with.
 
@@ -51,7 +51,8 @@ class KDCallback(TrainerCallback):
     """
 
     def __init__(
-        self, teacher: str | PreTrainedModel | None = None, options: KDOptions = KDOptions(), *, cache: str | None = None
+        self, teacher: str | PreTrainedModel | None = None, options: KDOptions = KDOptions(), *,
+        cache: str | None = None
     ) -> None:
         check_version("KDCallback", "transformers", TESTED)
         if (teacher is None) == (cache is None):
@@ -65,7 +66,9 @@ class KDCallback(TrainerCallback):
         check_arguments("KDCallback", args)
         student = inspected(model, self.options.valid_vocab)
         parameters = inspect.signature(student.model.forward).parameters.values()
-        if not self._trainer_counts and not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        if not self._trainer_counts and not any(
+            parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters
+        ):
             fail("KDCallback", f"forward of {type(model).__name__}", "one that takes **kwargs", "none", "use KDTrainer")
         tokenizer = own_tokenizer(model) if processing_class is None and self.cache is None else processing_class
         self._targets = targets_of(student, model, self.teacher, self.cache, self.options, tokenizer)

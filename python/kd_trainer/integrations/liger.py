@@ -1,15 +1,17 @@
 """liger-kernel's distillation losses by their own names, arguments and results, computed here.
 
 ``from liger_kernel.transformers import LigerFusedLinearJSD`` becomes
-``from kd_trainer.integrations.liger import LigerFusedLinearJSD``: nothing else changes. They run on CPUs too, where most of
-Liger's need Triton and a GPU; liger-kernel itself need not be installed.
+``from kd_trainer.integrations.liger import LigerFusedLinearJSD``: nothing else changes. They run on CPUs too, where
+most of Liger's need Triton and a GPU; liger-kernel itself need not be installed.
 
 What is deliberately different, in all of them:
 
-* Logits are never rounded to bf16 or fp16, and the gradient of the head is summed in fp32: ``accum_dtype``, ``chunk_size``,
+* Logits are never rounded to bf16 or fp16, and the gradient of the head is summed in fp32: ``accum_dtype``,
+``chunk_size``,
   ``compiled`` and ``eps`` are taken and have no effect (entries of a target that are 0 add nothing, exactly).
 * Rows without one that counts give loss 0 and gradient 0; Liger's LigerTVDLoss raises ZeroDivisionError.
-* Inputs that are said to be log-probabilities or probabilities are normalised again. For normalised ones nothing changes,
+* Inputs that are said to be log-probabilities or probabilities are normalised again. For normalised ones nothing
+changes,
   and the gradient behind the softmax that made them is the same; plain logits are welcome where log-probabilities are.
 * No synchronisation with the host (Liger counts labels and compares the upstream gradient on it).
 * Vocabularies of two sizes are an error. Liger's chunked JSD fills the missing *student logits* with 0, which gives
@@ -113,10 +115,12 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
 
 class LigerFusedLinearKLDivLoss(nn.Module):
-    """``liger_kernel.transformers.LigerFusedLinearKLDivLoss``: forward KL of a head from given probabilities ``[BT, V]``.
+    """``liger_kernel.transformers.LigerFusedLinearKLDivLoss``: forward KL of a head from given probabilities
+    ``[BT, V]``.
 
-    ``temperature`` divides the student's logits only: the target is taken as it is. ``batchmean`` divides by the rows that
-    count, ``mean`` by those times V. A target whose rows do not sum to 1 is normalised first (Liger scales the row's term).
+    ``temperature`` divides the student's logits only: the target is taken as it is. ``batchmean`` divides by the rows
+    that count, ``mean`` by those times V. A target whose rows do not sum to 1 is normalised first (Liger scales the
+    row's term).
     """
 
     def __init__(
@@ -142,8 +146,8 @@ class LigerFusedLinearKLDivLoss(nn.Module):
 class LigerKLDIVLoss(nn.KLDivLoss):
     """``liger_kernel.transformers.LigerKLDIVLoss``: forward KL from log-probabilities ``[BT, V]`` (or logits).
 
-    ``log_target`` and ``reduction`` as in ``nn.KLDivLoss``, whose default ``mean`` divides by BT times V; ``none`` returns
-    ``[BT, V]``.
+    ``log_target`` and ``reduction`` as in ``nn.KLDivLoss``, whose default ``mean`` divides by BT times V; ``none``
+    returns ``[BT, V]``.
     """
 
     def __init__(self, eps: float = 1e-10, *args, **kwargs) -> None:
@@ -156,7 +160,8 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
 
 class LigerJSD(nn.Module):
-    """``liger_kernel.transformers.LigerJSD``: generalised JSD of log-probabilities ``[BT, V]`` (or logits), student first.
+    """``liger_kernel.transformers.LigerJSD``: generalised JSD of log-probabilities ``[BT, V]`` (or logits), student
+    first.
 
     Mean over the rows that count; ``beta`` as in :class:`LigerFusedLinearJSD`. A column that both models mask with
     -inf makes Liger's loss NaN; here it adds nothing.
@@ -175,7 +180,8 @@ class LigerJSD(nn.Module):
 
 
 class LigerTVDLoss(nn.Module):
-    """``liger_kernel.transformers.LigerTVDLoss``: total variation of *probabilities* ``[BT, V]``, student (``p``) first.
+    """``liger_kernel.transformers.LigerTVDLoss``: total variation of *probabilities* ``[BT, V]``, student (``p``)
+    first.
 
     ``batchmean`` divides by the rows that count, ``mean`` by those times V; ``none`` returns ``[BT, V]``.
     """

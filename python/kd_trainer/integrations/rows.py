@@ -15,9 +15,9 @@ REDUCTIONS = ("batchmean", "mean", "sum", "none")
 def jsd_with_end_points(where: str, argument: str, beta: float) -> Divergence:
     """The generalised JSD as TRL and Liger parametrise it: forward KL at 0, reverse KL at 1, between them ours.
 
-    Theirs is ``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``, as ours. Their end points are
-    not its limits, which are 0, but the KLs without the factor beta or 1 - beta: the loss jumps there (by 1/beta), in
-    their trainers and so here.
+    Theirs is ``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``, as ours. Their end points
+    are not its limits, which are 0, but the KLs without the factor beta or 1 - beta: the loss jumps there (by 1/beta),
+    in their trainers and so here.
     """
     if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0.0 <= beta <= 1.0:
         fail(where, argument, "a number in 0..1", beta)
@@ -27,14 +27,16 @@ def jsd_with_end_points(where: str, argument: str, beta: float) -> Divergence:
 
 
 def logprobs_of(probabilities: Tensor) -> Tensor:
-    """Logits of a distribution that is given as probabilities; 0 becomes the smallest number that has a finite gradient."""
+    """Logits of a distribution that is given as probabilities; 0 becomes the smallest number that has a finite
+    gradient."""
     if probabilities.requires_grad:
         return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
     return probabilities.log()
 
 
 def without_gradient(where: str, argument: str, target: Tensor | LinearLogits) -> None:
-    """Raise where a gradient with respect to a teacher is asked for: there is none here, and silence would be a change."""
+    """Raise where a gradient with respect to a teacher is asked for: there is none here, and silence would be a
+    change."""
     tensors = (target.hidden, target.weight) if isinstance(target, LinearLogits) else (target,)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         fail(where, argument, "without requires_grad", "a tensor that requires grad", f"pass {argument}.detach()")

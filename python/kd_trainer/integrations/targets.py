@@ -1,8 +1,8 @@
 """What the teacher says about a padded batch, as transformers' trainers have it: a live model, the student without its
 adapter, or a cache.
 
-A batch is the keyword arguments of a model's forward. Row ``b T + t`` of its flattened ``[B, T]`` positions predicts the
-token at ``t + 1``; ``rows`` names those that count, in ascending order.
+A batch is the keyword arguments of a model's forward. Row ``b T + t`` of its flattened ``[B, T]`` positions predicts
+the token at ``t + 1``; ``rows`` names those that count, in ascending order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def last_hidden(model: PreTrainedModel, inputs: Mapping[str, object], rows: Tens
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """A head's weight as one plain tensor: under FSDP2 it is all-gathered once, and its gradient averaged and scattered once."""
+    """A head's weight as one plain tensor: under FSDP2 it is all-gathered once, and its gradient averaged and scattered
+    once."""
     if not hasattr(weight, "full_tensor"):
         return weight
     from torch.distributed.tensor import Partial
@@ -49,7 +50,8 @@ def gathered(weight: Tensor) -> Tensor:
     mesh = weight.device_mesh
     full = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if full.requires_grad:
-        full.register_hook(lambda gradient: gradient / mesh.size())  # data parallel: the mean over processes, not the sum
+        # Data parallel: the mean over processes, not the sum.
+        full.register_hook(lambda gradient: gradient / mesh.size())
     return full
 
 
@@ -64,7 +66,8 @@ def head_logits(model: PreTrainedModel, like: CausalLM, hidden: Tensor) -> Linea
 
 
 class LiveTargets:
-    """A model that is run on every batch, without gradient, in the dtype that it was loaded in, on the student's device."""
+    """A model that is run on every batch, without gradient, in the dtype that it was loaded in, on the student's
+    device."""
 
     needs_dataset_check = False
 
@@ -127,7 +130,9 @@ class CachedTargets:
     def __call__(self, inputs: Mapping[str, Tensor], rows: Tensor) -> SparseTargets:
         positions = inputs.get("position_ids")
         if positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any()):
-            fail("CachedTargets", "position_ids", "those of one document a row", "packed documents", "set packing=False")
+            fail(
+                "CachedTargets", "position_ids", "those of one document a row", "packed documents", "set packing=False"
+            )
         width = inputs["input_ids"].shape[1]
         host_rows = rows.cpu()
         parts = []

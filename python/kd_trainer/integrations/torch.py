@@ -59,17 +59,18 @@ class KLDivLoss(nn.KLDivLoss):
 
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
-    weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None, label_smoothing: float = 0.0,
-    options: object = None,
+    weight: Tensor | None = None, reduction: str = "mean", ignore_index: int | None = None,
+    label_smoothing: float = 0.0, options: object = None,
 ) -> Tensor:
-    """``F.linear_cross_entropy``: cross-entropy of ``input @ linear_weight.T + linear_bias`` with class indices or probabilities.
+    """``F.linear_cross_entropy``: cross-entropy of ``input @ linear_weight.T + linear_bias`` with class indices or
+    probabilities.
 
     Args:
         input: ``[N, H]`` or ``[H]``.
         linear_weight: ``[V, H]``; torch's K-dimensional weights are refused.
         target: int64 ``[N]``, or probabilities ``[N, V]`` (the loss is then the cross-entropy, not the KL).
-        weight: fp ``[V]``, of the classes; the mean divides by the weights of the rows' targets. Class indices only, and
-            without ``label_smoothing``.
+        weight: fp ``[V]``, of the classes; the mean divides by the weights of the rows' targets. Class indices only,
+            and without ``label_smoothing``.
         reduction: "mean", "sum" or "none" (one loss a row).
         ignore_index: None: -100. Class indices only.
         label_smoothing: in 0..1; the target becomes ``(1 - s) target + s / V``.

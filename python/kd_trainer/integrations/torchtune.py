@@ -4,12 +4,14 @@ In a recipe's configuration ``kd_loss: {_component_: torchtune.modules.loss.Forw
 ``_component_: kd_trainer.integrations.torchtune.ForwardKLWithChunkedOutputLoss``. Logits may also be given as
 :class:`~kd_kernels.LinearLogits`: then they never exist.
 
-The forward KL here is torchtune's: the cross-entropy *of the teacher's distribution*, that is KL + entropy of the teacher, so
-that curves go on where they were. Gradients are those of the KL. What is deliberately different:
+The forward KL here is torchtune's: the cross-entropy *of the teacher's distribution*, that is KL + entropy of the
+teacher, so that curves go on where they were. Gradients are those of the KL. What is deliberately different:
 
-* No row that counts: loss 0 with gradient 0. torchtune returns a constant that ``backward`` refuses (forward KL, and all
+* No row that counts: loss 0 with gradient 0. torchtune returns a constant that ``backward`` refuses (forward KL, and
+all
   unchunked ones) or NaN (chunked reverse and symmetric KL).
-* Where the teacher has -inf and the student has mass, the reverse KL is inf. torchtune leaves such ids out of the sum, and so
+* Where the teacher has -inf and the student has mass, the reverse KL is inf. torchtune leaves such ids out of the sum,
+and so
   lets the student keep mass there. Padding columns: slice them, or give ``LinearLogits(valid_vocab=...)``.
 * NaN and +inf in logits are an error on a CPU and NaN on a GPU; torchtune masks infinities.
 * More or fewer chunks of logits than of labels are an error; torchtune leaves the surplus out.
@@ -86,7 +88,8 @@ class ReverseKLLoss(_KLLoss):
 
 
 class SymmetricKLLoss(_KLLoss):
-    """``sym_kd_ratio`` times :class:`ForwardKLLoss` plus ``1 - sym_kd_ratio`` times :class:`ReverseKLLoss`, in one pass."""
+    """``sym_kd_ratio`` times :class:`ForwardKLLoss` plus ``1 - sym_kd_ratio`` times :class:`ReverseKLLoss`, in one
+    pass."""
 
     def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
         super().__init__(ignore_index)
@@ -99,7 +102,8 @@ class SymmetricKLLoss(_KLLoss):
 
 
 class _ChunkedKLLoss(nn.Module):
-    """The loss over lists of chunks ``[B, T / chunks, V]`` of logits, labels ``[B, T]``, and one mean over all of them."""
+    """The loss over lists of chunks ``[B, T / chunks, V]`` of logits, labels ``[B, T]``, and one mean over all of
+    them."""
 
     def __init__(self, loss: _KLLoss, num_output_chunks: int) -> None:
         super().__init__()
@@ -110,8 +114,8 @@ class _ChunkedKLLoss(nn.Module):
         pieces = labels.chunk(self.num_output_chunks, dim=1)
         if not len(student_logits) == len(teacher_logits) == len(pieces):
             fail(
-                type(self).__name__, "student_logits and teacher_logits", f"lists of {len(pieces)} chunks like the labels",
-                f"{len(student_logits)} and {len(teacher_logits)}",
+                type(self).__name__, "student_logits and teacher_logits",
+                f"lists of {len(pieces)} chunks like the labels", f"{len(student_logits)} and {len(teacher_logits)}",
             )
         count = self.loss._count(labels)
         student, teacher = ([_rows(chunk) for chunk in chunks] for chunks in (student_logits, teacher_logits))

@@ -1,8 +1,8 @@
 """TRL's distillation trainers with our loss behind their own arguments.
 
-``from trl import DistillationTrainer`` becomes ``from kd_trainer.integrations.trl import DistillationTrainer``, likewise
-``GKDTrainer`` and ``GOLDTrainer``; what is left out keeps its meaning. Or, for a script that is not to be touched,
-``with kd_losses(): main()``: TRL's own classes are patched inside and put back afterwards.
+``from trl import DistillationTrainer`` becomes ``from kd_trainer.integrations.trl import DistillationTrainer``,
+likewise ``GKDTrainer`` and ``GOLDTrainer``; what is left out keeps its meaning. Or, for a script that is not to be
+touched, ``with kd_losses(): main()``: TRL's own classes are patched inside and put back afterwards.
 
 ==================  ================================================================================================
 TRL's argument      what it does here
@@ -13,11 +13,12 @@ TRL's argument      what it does here
 ``use_uld_loss``    refused: two tokenizers have no common vocabulary to compare
 ==================  ================================================================================================
 
-Further arguments: ``kd=KDOptions(...)`` (any divergence, cross-entropy, top-k, ``valid_vocab``), ``cache=folder`` in place of
-``teacher_model`` (GKDTrainer and GOLDTrainer). Deliberately different from TRL 1.16: over several processes GKDTrainer and
-GOLDTrainer divide by the global token count but forget that DDP averages, so their gradient is too small by the number of
-processes; here it is not. GOLDTrainer collates the batches of an optimiser's step at once and counts their tokens once for every
-one of them, so with ``gradient_accumulation_steps=n`` its gradient is n times too small; here it is not. A GOLDTrainer's teacher with a larger vocabulary is cut by TRL without a word; here that needs
+Further arguments: ``kd=KDOptions(...)`` (any divergence, cross-entropy, top-k, ``valid_vocab``), ``cache=folder`` in
+place of ``teacher_model`` (GKDTrainer and GOLDTrainer). Deliberately different from TRL 1.16: over several processes
+GKDTrainer and GOLDTrainer divide by the global token count but forget that DDP averages, so their gradient is too small
+by the number of processes; here it is not. GOLDTrainer collates the batches of an optimiser's step at once and counts
+their tokens once for every one of them, so with ``gradient_accumulation_steps=n`` its gradient is n times too small;
+here it is not. A GOLDTrainer's teacher with a larger vocabulary is cut by TRL without a word; here that needs
 ``valid_vocab``. The number of tokens that GKDTrainer divides by is TRL's: of the data set's completions, also in steps
 whose completions the student wrote.
 """
@@ -133,7 +134,9 @@ def _initialise(init, trainer, kd: KDOptions, cache: str | None, args: tuple, kw
     fingerprint = None
     if cache is not None:
         if is_distillation:
-            fail(where, "cache", "None", cache, "it writes its completions anew; use GKDTrainer(lmbda=0) or hf.KDTrainer")
+            fail(
+                where, "cache", "None", cache, "it writes its completions anew; use GKDTrainer(lmbda=0) or hf.KDTrainer"
+            )
         if teacher is not None:
             fail(where, "teacher_model", "None with a cache", type(teacher).__name__)
         for name, required in (("lmbda", 0.0), ("seq_kd", False)):
@@ -143,7 +146,7 @@ def _initialise(init, trainer, kd: KDOptions, cache: str | None, args: tuple, kw
             fail(where, "processing_class", "given with a cache, whose tokenizer it must be", None)
         fingerprint = tokenizer_fingerprint(tokenizer)
     elif teacher is None:
-        fail(where, "teacher_model", "given, or cache", None)
+        fail(where, "teacher_model", "given" if is_distillation else "given, or cache", None)
     else:
         compare_tokenizers(tokenizer or own_tokenizer(given["model"]), teacher)
 
@@ -190,7 +193,8 @@ def _default_config(model: object) -> DistillationConfig:
 
 @contextlib.contextmanager
 def _one_vocabulary(student: object, teacher: object, options: KDOptions, where: str) -> Iterator[None]:
-    """TRL refuses (or cuts) a teacher of another vocabulary size: with ``valid_vocab`` it is shown the student's for a moment."""
+    """TRL refuses (or cuts) a teacher of another vocabulary size: with ``valid_vocab`` it is shown the student's for a
+    moment."""
     own, theirs = (
         (AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config).get_text_config()
         for model in (student, teacher)
@@ -212,7 +216,8 @@ def _one_vocabulary(student: object, teacher: object, options: KDOptions, where:
 
 
 def _padded_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-    """``compute_loss`` of GKDTrainer and GOLDTrainer: the model returns the loss, see :mod:`kd_trainer.integrations.attach`."""
+    """``compute_loss`` of GKDTrainer and GOLDTrainer: the model returns the loss, see
+    :mod:`kd_trainer.integrations.attach`."""
     extra = {}
     if isinstance(self, TRLGOLDTrainer):
         extra = self._get_model_forward_kwargs(inputs)

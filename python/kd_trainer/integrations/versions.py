@@ -1,4 +1,5 @@
-"""The versions that an integration was tested with. Others are refused: what a trainer calls internally changes with them."""
+"""The versions that an integration was tested with. Others are refused: what a trainer calls internally changes with
+them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Published methods as three choices: where tokens come from, what the teacher's target is, the objective.
 
 One file a method. Each registers a :class:`~kd_trainer.registry.MethodSpec`, whose ``build(config, parts)`` returns the
-:class:`~kd_trainer.methods.base.Method` that a configuration describes; the trainer knows no more about a method than that class.
+:class:`~kd_trainer.methods.base.Method` that a configuration describes; the trainer knows no more about a method than
+that class.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Baby Llama: a student of several teachers, whose logits are averaged.
 
-Timiryasov and Tastet 2023, "Baby Llama: knowledge distillation from an ensemble of teachers trained on a small dataset with no
-performance penalty", arXiv 2308.02019:
+Timiryasov and Tastet 2023, "Baby Llama: knowledge distillation from an ensemble of teachers trained on a small dataset
+with no performance penalty", arXiv 2308.02019:
 
     alpha CE(y, q) + (1 - alpha) T^2 KL(softmax(mean_i z_i / T) || softmax(z / T)),     alpha = 0.5, T = 2.
 
-``space: prob`` averages probabilities instead of logits (Stanton et al. 2021, arXiv 2106.05945). The released code divides the
-KL by the number of sequences and the cross-entropy by the number of tokens, so that the teachers weigh as many times more than
-alpha says as a sequence has tokens (128 there); ``kd_scale`` is that factor, 1 by default: as the formula has it.
+``space: prob`` averages probabilities instead of logits (Stanton et al. 2021, arXiv 2106.05945). The released code
+divides the KL by the number of sequences and the cross-entropy by the number of tokens, so that the teachers weigh as
+many times more than alpha says as a sequence has tokens (128 there); ``kd_scale`` is that factor, 1 by default: as the
+formula has it.
 
 A cache of the ensemble (``kdk cache build --teacher a --teacher b``) serves method kd with the same objective.
 """
@@ -50,6 +51,6 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 register(MethodSpec(
-    "baby_llama", "labels, and the mean of several teachers", "Timiryasov & Tastet 2023, arXiv 2308.02019", build, Options,
-    needs=("live teacher", "several teachers"),
+    "baby_llama", "labels, and the mean of several teachers", "Timiryasov & Tastet 2023, arXiv 2308.02019", build,
+    Options, needs=("live teacher", "several teachers"),
 ))

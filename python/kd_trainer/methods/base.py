@@ -1,15 +1,16 @@
 """What a method is made of: a source of tokens, a teacher's target, an objective.
 
-Each is a small object, and a method is a named combination of three. What the trainer asks of them, in the order of a step:
+Each is a small object, and a method is a named combination of three. What the trainer asks of them, in the order of a
+step:
 
 1. ``tokens.step(i)``: the texts of the step, the same on every process, which are then dealt out;
-2. ``tokens.produce(texts, i)``: what is trained on in their place (roll-outs, rewritten contexts), on each process its own.
-   Draws are functions of the run's seed, the step and the document's own tokens, so the split changes none of them;
+2. ``tokens.produce(texts, i)``: what is trained on in their place (roll-outs, rewritten contexts), on each process its
+   own. Draws are functions of the run's seed, the step and the document's own tokens, so a split changes none of them;
 3. ``method.before_step(i, documents, add_gradient)``, where a method looks ahead;
 4. documents are grouped by their tag, and each group goes through the objective of that tag in micro-batches;
 5. ``teacher.targets(batch)``, where the objective has a teacher;
-6. ``objective.loss(student, targets, batch, normalizer)``, which knows the step from ``begin_step``: its share of the mean over all
-   documents of that tag in the step;
+6. ``objective.loss(student, targets, batch, normalizer)``, which knows the step from ``begin_step``: its share of the
+   mean over all documents of that tag in the step;
 7. ``method.after_step(i, metrics)``: schedules move on.
 """
 
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -44,14 +44,15 @@ class Parts:
     teachers: tuple[CausalLM, ...]
     teacher_fingerprints: tuple[str, ...]
 
-    def mask_id(self, token: str | None) -> int:
-        """The id of ``options.mask``, a token of the vocabulary; None stands for the tokenizer's BOS token."""
+    def token_id(self, option: str, token: str | None) -> int:
+        """The id of what an option names, a token of the vocabulary; None stands for the tokenizer's BOS token."""
         name = self.tokenizer.bos_token if token is None else token
         found = None if name is None else self.tokenizer.convert_tokens_to_ids(name)
-        if found not in range(self.student.vocab) or (found == self.tokenizer.unk_token_id and name != self.tokenizer.unk_token):
+        stands_for_others = found == self.tokenizer.unk_token_id and name != self.tokenizer.unk_token
+        if found not in range(self.student.vocab) or stands_for_others:
             why = " (this tokenizer has no BOS token)" if name is None else ""
-            remedy = f"name one that texts never use, such as the padding token{why}"
-            fail("config", "options.mask", "a token of the vocabulary", repr(token), remedy)
+            remedy = "name one that texts never use, or add it to the tokenizer and resize the models' embeddings" + why
+            fail("config", option, "a token of the vocabulary", repr(token), remedy)
         return found
 
 
@@ -75,7 +76,7 @@ class TokenSource(Protocol):
         """What step ``index`` trains on in the place of these texts, which are one process's share."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the source to go on exactly (a replay buffer, a schedule); plain values and tensors."""
+        """What a checkpoint must hold for the source to go on exactly; plain values and tensors."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state` returned."""
@@ -146,7 +147,8 @@ class DivergenceObjective(Objective):
 
     def __init__(
         self, divergence: Divergence, kd_weight: float = 1.0, ce_weight: float = 0.0, temperature: float = 1.0,
-        squared_temperature: bool = False, tail: str = "bucket", stats: tuple[str, ...] = ("divergence", "label_logprob"),
+        squared_temperature: bool = False, tail: str = "bucket",
+        stats: tuple[str, ...] = ("divergence", "label_logprob"),
     ) -> None:
         super().__init__()
         self.divergence, self.kd_weight, self.ce_weight = divergence, kd_weight, ce_weight
@@ -211,7 +213,7 @@ def summed(parts: Iterable[KDLoss]) -> KDLoss:
 
 
 class AddGradient(Protocol):
-    """Adds the gradient of the mean loss over some documents to the parameters; returns that loss, and statistics, by name."""
+    """Adds the gradient of the mean loss over some documents; returns that loss, and statistics, by name."""
 
     def __call__(self, documents: Sequence[Document], of_all: bool = False) -> Mapping[str, float]:
         """``of_all``: the documents are those of all processes together, and not this one's share."""
@@ -226,10 +228,11 @@ class Method:
     """Tokens x teacher's target x objective.
 
     Args:
-        objectives: by the tag of the documents that each is for. The loss of a step is the sum over tags of their means.
-            Their parameters, if they have any (adapters, mixing weights), are trained with the student's.
-        before_step: called before the gradient of a step is formed, with its number, its documents, and what forms gradients: for
-            methods that look ahead. It leaves parameters as they were and gradients None; what it returns is logged.
+        objectives: by the tag of the documents that each is for. The loss of a step is the sum over tags of their
+            means. Their parameters, if they have any (adapters, mixing weights), are trained with the student's.
+        before_step: called before the gradient of a step is formed, with its number, its documents, and what forms
+            gradients: for methods that look ahead. It leaves parameters as they were and gradients None; what it
+            returns is logged.
         after_step: told every step's number and metrics; what it returns is logged with them.
     """
 
@@ -237,7 +240,9 @@ class Method:
     tokens: TokenSource
     teacher: Teacher = field(default_factory=NoTeacher)
     objectives: Mapping[str, Objective] = field(default_factory=dict)
-    before_step: Callable[[int, Sequence[Document], AddGradient], dict[str, float]] = field(default=_nothing, kw_only=True)
+    before_step: Callable[[int, Sequence[Document], AddGradient], dict[str, float]] = field(
+        default=_nothing, kw_only=True
+    )
     after_step: Callable[[int, Mapping[str, float]], dict[str, float]] = field(default=_nothing, kw_only=True)
 
     @classmethod

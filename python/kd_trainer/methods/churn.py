@@ -4,9 +4,9 @@ Jiang et al. 2021, "Churn Reduction via Distillation", arXiv 2106.02654:
 
     (1 - lambda) CE(y, q) + lambda CE(p, q)
 
-with p the *old model*, which is what bounds ``E[KL(p || q)]``. Churn is the share of tokens where the likeliest one differs;
-it is logged as ``churn``. The paper takes lambda from 0.1 to 0.9 by the trade-off that one wants. CE(p, q) and KL(p || q) have
-the same gradient, and the latter is logged.
+with p the *old model*, which is what bounds ``E[KL(p || q)]``. Churn is the share of tokens where the likeliest one
+differs; it is logged as ``churn``. The paper takes lambda from 0.1 to 0.9 by the trade-off that one wants. CE(p, q) and
+KL(p || q) have the same gradient, and the latter is logged.
 """
 
 from __future__ import annotations

@@ -38,7 +38,6 @@ from kd_trainer.registry import MethodSpec, register
 from kd_trainer.rollout.generate import by_length
 from kd_trainer.teachers import LiveTeacher, SeveralTeachers, live_teachers
 
-
 RIDGE = 1e-5
 """Times the squared norm of what is fitted: where one model is better throughout, the best weights are at infinity."""
 

@@ -6,11 +6,12 @@ Reasoning", arXiv 2502.07154. With pi the probability of a whole completion unde
     L = -log(1 - (1 - pi)^N),     dL = F(pi) d(-log pi),     F = N pi (1 - pi)^(N - 1) / (1 - (1 - pi)^N)
 
 F falls from 1 to 0 as pi rises past 1 / N: completions that N samples find anyway are left alone. N = 1 is maximum
-likelihood. The mean is over completions. ``length_normalized`` divides each completion's gradient by its number of tokens, as
-the released code does (it multiplies the mean token loss by F); the loss that is reported is L in both.
+likelihood. The mean is over completions. ``length_normalized`` divides each completion's gradient by its number of
+tokens, as the released code does (it multiplies the mean token loss by F); the loss that is reported is L in both.
 
-The probability of a long chain of thought underflows, and F with it is 1 throughout; the paper then estimates pi by sampling
-and trains on problems of which fewer than a tenth of 64 samples are right. That is a choice of data, to be made before.
+The probability of a long chain of thought underflows, and F with it is 1 throughout; the paper then estimates pi by
+sampling and trains on problems of which fewer than a tenth of 64 samples are right. That is a choice of data, to be
+made before.
 """
 
 from __future__ import annotations

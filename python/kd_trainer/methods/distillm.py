@@ -19,7 +19,8 @@ by ``raise_by``, up to 1, and becomes the reference. The first reference is the 
 A replayed text costs no pass of the teacher: with it lie its ``replay_k`` likeliest tokens and the exact mass of all
 others, which ``objective.tail`` treats as with a cache (its bucket makes the divergence a lower bound of the full one).
 ``replay_k: 0`` reads it again, as the released code does. Buffers (12 k bytes a token, on the host and in checkpoints)
-belong to one process each.
+belong to one process each, as there: what a process replays is what it wrote, so that once something is replayed a run
+on another number of processes is another run, and one is resumed on as many as it began on.
 
 Defaults are the released scripts', whose corpus is OpenWebText. The schedule is as released; that the paper's is the
 same could not be checked. Not reproduced from the released code: a forward loss without the teacher's entropy (no

@@ -1,15 +1,16 @@
 """FIRST: the teacher's five likeliest tokens from a cache, recalibrated before they are learned from.
 
-Shum et al. 2024, "FIRST: Teach A Reliable Large Language Model Through Efficient Trustworthy Distillation", arXiv 2408.12168. A
-fine-tuned teacher is over-confident; its k likeliest tokens hold nearly all of its mass. With l their log-probabilities,
+Shum et al. 2024, "FIRST: Teach A Reliable Large Language Model Through Efficient Trustworthy Distillation", arXiv
+2408.12168. A fine-tuned teacher is over-confident; its k likeliest tokens hold nearly all of its mass. With l their
+log-probabilities,
 
 - "temperature": p_i ~ exp(l_i / c), with the c that gives the least expected calibration error on the validation text
   (``data.holdout`` is what is left out of training; without it, on the training text);
 - "smoothing": delta of the mass moves from the first to the other k - 1, evenly;
 
-and the student's KL from the recalibrated p is taken over those k tokens, both renormalised there; a prompt's tokens do not count.
-Which of the two the paper ends with, and how it selects c, could not be read in its text. The released code feeds probabilities
-where log-probabilities belong, and smooths the student too: neither is done here.
+and the student's KL from the recalibrated p is taken over those k tokens, both renormalised there; a prompt's tokens do
+not count. Which of the two the paper ends with, and how it selects c, could not be read in its text. The released code
+feeds probabilities where log-probabilities belong, and smooths the student too: neither is done here.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def tempered(targets: SparseTargets, temperature: float) -> SparseTargets:
 
 
 def smoothed(targets: SparseTargets, delta: float) -> SparseTargets:
-    """``delta`` of the mass taken from the first entry and spread over the others; never more than the first one has."""
+    """``delta`` of the mass taken from the first entry and spread over the others; never more than the first one
+    has."""
     counts, row = targets.offsets.diff(), targets.row_of_entry()
     is_first = torch.arange(len(row), device=row.device) == targets.offsets[row]
     p = targets.logprobs.double().exp()

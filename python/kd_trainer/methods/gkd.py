@@ -43,12 +43,13 @@ from kd_trainer.config import Config
 from kd_trainer.errors import check_one_of, fail
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, Parts
 from kd_trainer.registry import MethodSpec, register
+from kd_trainer.section import Section
 from kd_trainer.teachers import teacher_of
 from kd_trainer.tokens import KeptWriter, MixedTokens, Writer, check_prompts
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Section):
     student: float = 0.5  # lambda: probability of texts that the student writes
     teacher: float = 0.0  # and of texts that the teacher writes
     each: str = "step"  # drawn once for each "step", or for each "text"

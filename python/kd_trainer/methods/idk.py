@@ -1,7 +1,7 @@
 """[IDK]: a token for "I do not know" takes the mass of labels that the model does not put first.
 
-Cohen et al. 2024, "I Don't Know: Explicit Modeling of Uncertainty with an [IDK] Token", arXiv 2412.06676. Where the student's
-likeliest token is the label y, with i the id of [IDK],
+Cohen et al. 2024, "I Don't Know: Explicit Modeling of Uncertainty with an [IDK] Token", arXiv 2412.06676. Where the
+student's likeliest token is the label y, with i the id of [IDK],
 
     - log q(y) - log(1 - q(i)),
 
@@ -9,8 +9,8 @@ and where it is not, with w the uncertainty,
 
     - (1 - w) log q(y) - w log q(i),     w = ceiling (1 - (q(y) / max q)^power).
 
-The paper has ceiling 0.5 and power 1; the code that trained Mistral has ceiling 1 and power 2. The authors' codes let the
-gradient through w, so that a loss could also be lowered by moving the target; here w is a constant.
+The paper has ceiling 0.5 and power 1; the code that trained Mistral has ceiling 1 and power 2. The authors' codes let
+the gradient through w, so that a loss could also be lowered by moving the target; here w is a constant.
 
 The token must be in the vocabulary: add it to tokenizer and models first, or name one that is never used.
 """
@@ -63,12 +63,7 @@ class IDontKnow(LabelObjective):
 
 def build(config: Config, parts: Parts) -> Method:
     options = config.options
-    token = parts.tokenizer.convert_tokens_to_ids(options.token)
-    if token is None or token not in range(parts.student.vocab) or token == parts.tokenizer.unk_token_id:
-        fail(
-            "config", "options.token", "a token of the vocabulary", repr(options.token),
-            "add it to the tokenizer and resize the models' embeddings, or name one that texts never use",
-        )
+    token = parts.token_id("options.token", options.token)
     objective = IDontKnow(token, options.ceiling, options.power)
     return Method.single("idk", DatasetTokens.of(config, parts.documents), NoTeacher(), objective)
 

@@ -102,7 +102,8 @@ def build(config: Config, parts: Parts) -> Method:
     with_texts = options.mle == "text" and weight > 0.0
     rollout = config.rollout
     tokens = ImperfectTokens.of(
-        config, parts.documents, student=parts.student, options=options, mask_id=parts.mask_id(options.mask),
+        config, parts.documents, student=parts.student, options=options,
+        mask_id=parts.token_id("options.mask", options.mask),
         sampling=Sampling(rollout.temperature, rollout.top_k, rollout.top_p), seed=config.seed,
         autocast=config.train.precision == "bf16", with_texts=with_texts,
     )

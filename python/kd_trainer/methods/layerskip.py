@@ -4,13 +4,14 @@ Elhoushi et al. 2024, "LayerSkip: Enabling Early Exit Inference and Self-Specula
 
     L = sum_l s_l CE(head(norm(h_l)), y) / sum_l s_l        over the layers that are on in this step
 
-with ``s_l`` by ``scale``: one, l, sum (of 0..l: the paper's), sqrt, or inverse (of the distance to the last), all but the last
-layer's times ``exit_scale``. ``curriculum`` says which layers are on: "all"; "rotational", every ``rotation``-th, moved on by one
-each step; or "gradual", from the last down to the first over the first half of ``gradual_steps``. The last layer always is.
-Dropping layers at random, the paper's other half, is the model's own business (a transformers option where it has one).
+with ``s_l`` by ``scale``: one, l, sum (of 0..l: the paper's), sqrt, or inverse (of the distance to the last), all but
+the last layer's times ``exit_scale``. ``curriculum`` says which layers are on: "all"; "rotational", every
+``rotation``-th, moved on by one each step; or "gradual", from the last down to the first over the first half of
+``gradual_steps``. The last layer always is. Dropping layers at random, the paper's other half, is the model's own
+business (a transformers option where it has one).
 
-With ``distil: true`` the early exits learn from the last layer's distribution (forward KL, no gradient into it) instead of the
-labels: all exits are rows of one head, so it is still one call of the loss.
+With ``distil: true`` the early exits learn from the last layer's distribution (forward KL, no gradient into it) instead
+of the labels: all exits are rows of one head, so it is still one call of the loss.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def layers_on(layers: int, step: int, options: Options) -> list[int]:
     if options.curriculum == "all":
         return list(range(layers))
     if options.curriculum == "rotational":
-        return sorted({layer for layer in range(layers) if layer % options.rotation == step % options.rotation} | {last})
+        return sorted(
+            {layer for layer in range(layers) if layer % options.rotation == step % options.rotation} | {last}
+        )
     down_to = last - min(last, int(layers * 2 * step / options.gradual_steps))
     return list(range(down_to, layers))
 
@@ -87,7 +90,9 @@ class EarlyExits(Objective):
         hidden = student.hidden_of_layers(batch)  # [L, N, H], the last as the head gets it
         on = layers_on(len(hidden), self.step, self.options)
         scales = [SCALES[self.options.scale](layer, len(hidden) - 1) for layer in on]
-        scales = [scale * (self.options.exit_scale if layer < len(hidden) - 1 else 1.0) for layer, scale in zip(on, scales)]
+        scales = [
+            scale * (self.options.exit_scale if layer < len(hidden) - 1 else 1.0) for layer, scale in zip(on, scales)
+        ]
         share = [scale / sum(scales) for scale in scales]
         logits = student.logits_of(hidden[on])  # [E, N] rows
         weight = torch.tensor(share, dtype=torch.float64, device=hidden.device)[:, None].expand(logits.leading_shape)
@@ -95,7 +100,8 @@ class EarlyExits(Objective):
         labels = batch.labels.expand(logits.leading_shape)
         if not self.options.distil or len(on) == 1:
             result = kd_loss(
-                logits, None, labels=labels, kd_weight=0.0, ce_weight=1.0, token_weight=weight, stats=self.stats, **options
+                logits, None, labels=labels, kd_weight=0.0, ce_weight=1.0, token_weight=weight, stats=self.stats,
+                **options
             )
             return KDLoss(result.loss, {"label_logprob": result.stats["label_logprob"][-1]})
         last = dataclasses.replace(logits, hidden=hidden[-1])
@@ -116,5 +122,6 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 register(MethodSpec(
-    "layerskip", "labels at every layer, through the one head", "Elhoushi et al. 2024, arXiv 2404.16710", build, Options,
+    "layerskip", "labels at every layer, through the one head", "Elhoushi et al. 2024, arXiv 2404.16710", build,
+    Options,
 ))

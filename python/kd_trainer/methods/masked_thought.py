@@ -64,7 +64,7 @@ class MaskedTokens(DatasetTokens):
 def build(config: Config, parts: Parts) -> Method:
     plan = DatasetTokens.of(config, parts.documents).plan
     tokens = MaskedTokens(
-        parts.documents, plan, config.options, parts.mask_id(config.options.mask), config.seed,
+        parts.documents, plan, config.options, parts.token_id("options.mask", config.options.mask), config.seed,
         steps=config.train.steps or plan.steps_in(config.train.epochs),
     )
     return Method.single("masked_thought", tokens, NoTeacher(), cross_entropy())

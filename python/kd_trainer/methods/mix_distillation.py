@@ -1,10 +1,10 @@
 """Mix Distillation: texts of several kinds in fixed proportions.
 
-Li et al. 2025, "Small Models Struggle to Learn from Strong Reasoners", arXiv 2502.12143: students of up to 3 billion parameters
-learn worse from long chains of thought, or from the largest teacher's, than from one part of those and four of short ones, or
-of a smaller teacher's. Next-token loss; what is mixed is the data. ``data.source`` has the share ``weights[0]`` of the tokens of
-every step, ``sources`` have the others; all are read as ``data`` says. With a teacher (live, or the cache of all the texts) and
-``objective.kd_weight`` above 0, the objective is that of method kd.
+Li et al. 2025, "Small Models Struggle to Learn from Strong Reasoners", arXiv 2502.12143: students of up to 3 billion
+parameters learn worse from long chains of thought, or from the largest teacher's, than from one part of those and four
+of short ones, or of a smaller teacher's. Next-token loss; what is mixed is the data. ``data.source`` has the share
+``weights[0]`` of the tokens of every step, ``sources`` have the others; all are read as ``data`` says. With a teacher
+(live, or the cache of all the texts) and ``objective.kd_weight`` above 0, the objective is that of method kd.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ class Options:
 class MixedPlan(Plan):
     """Plans of several sources, each with its share of a step's tokens; documents are numbered source after source."""
 
-    def __init__(self, sources: Sequence[Sequence[Document]], weights: Sequence[float], batch_tokens: int, seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[Sequence[Document]], weights: Sequence[float], batch_tokens: int, seed: int
+    ) -> None:
         lengths = [[len(document) for document in source] for source in sources]
         super().__init__([length for source in lengths for length in source], batch_tokens, seed)
         shares = [max(1, round(batch_tokens * weight / sum(weights))) for weight in weights]
         for source, share in zip(lengths, shares):
             if share < max(source):
                 fail(
-                    "train", "train.batch_tokens", f"so large that each share of it holds the longest document's {max(source)}",
+                    "train", "train.batch_tokens",
+                    f"so large that each share of it holds the longest document's {max(source)}",
                     f"{batch_tokens}, in shares of {shares}", "raise it, or shorten data.max_length",
                 )
         self._first = [sum(map(len, lengths[:i])) for i in range(len(lengths))]
@@ -69,6 +72,6 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 register(MethodSpec(
-    "mix_distillation", "several kinds of text in fixed proportions", "Li et al. 2025, arXiv 2502.12143", build, Options,
-    needs=("optional teacher",),
+    "mix_distillation", "several kinds of text in fixed proportions", "Li et al. 2025, arXiv 2502.12143", build,
+    Options, needs=("optional teacher",),
 ))

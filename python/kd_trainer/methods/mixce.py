@@ -7,8 +7,8 @@ minimises, with ``sg`` for stop-gradient and q the student,
     - (eta + (1 - eta) sg(q(y))) log q(y)
 
 per token of the text: a token counts the less, the less the model believes it. ``eta = 1`` is maximum likelihood. The
-released models chose eta by MAUVE: 0.1 on WikiText, 0.3 on WebText, 0.7 on WritingPrompts. No teacher takes part; a weight of
-the teacher's p(y) instead would be the biased loss that Fundamental Limits (arXiv 2310.07838) warns of.
+released models chose eta by MAUVE: 0.1 on WikiText, 0.3 on WebText, 0.7 on WritingPrompts. No teacher takes part; a
+weight of the teacher's p(y) instead would be the biased loss that Fundamental Limits (arXiv 2310.07838) warns of.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """MUSCLE: an updated model that does not lose what the old one had right.
 
-Echterhoff et al. 2024, "MUSCLE: A Model Update Strategy for Compatible LLM Evolution", arXiv 2407.09435. Two frozen teachers read
-the same text: the *old* model (``teacher``) and the *new* one (``more_teachers``), which the student is an update of. Per token,
+Echterhoff et al. 2024, "MUSCLE: A Model Update Strategy for Compatible LLM Evolution", arXiv 2407.09435. Two frozen
+teachers read the same text: the *old* model (``teacher``) and the *new* one (``more_teachers``), which the student is
+an update of. Per token,
 
     m KL(p_old || q) + (1 - m) KL(p_new || q)
 
-with m = 1 where the model that is asked has another token than the reference in the first place: there the student is drawn
-towards the old model, elsewhere to the new one. Which model is asked (``judge``) and the direction of the KL could not be verified
-in the paper: "student" follows its training, "new" is fixed; ``objective.divergence`` takes any. Negative flips, right before and
-wrong after, are what the method is measured by: :mod:`kd_trainer.diagnostics`.
+with m = 1 where the model that is asked has another token than the reference in the first place: there the student is
+drawn towards the old model, elsewhere to the new one. Which model is asked (``judge``) and the direction of the KL
+could not be verified in the paper: "student" follows its training, "new" is fixed; ``objective.divergence`` takes any.
+Negative flips, right before and wrong after, are what the method is measured by: :mod:`kd_trainer.diagnostics`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,6 @@ def build(config: Config, parts: Parts) -> Method:
 
 
 register(MethodSpec(
-    "muscle", "the old model where the new one errs, else the new one", "Echterhoff et al. 2024, arXiv 2407.09435", build,
-    Options, needs=("live teacher", "several teachers"),
+    "muscle", "the old model where the new one errs, else the new one", "Echterhoff et al. 2024, arXiv 2407.09435",
+    build, Options, needs=("live teacher", "several teachers"),
 ))

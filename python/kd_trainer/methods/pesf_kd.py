@@ -1,16 +1,17 @@
 """PESF-KD: a small adapter on the teacher's last hidden state, trained to make it a better teacher for this student.
 
-Rao et al. 2023, "Parameter-Efficient and Student-Friendly Knowledge Distillation", arXiv 2205.15308. The teacher's body is frozen;
-what it says is ``z' = W (h + A(h))``, A a two-layer network that starts at 0. Per token,
+Rao et al. 2023, "Parameter-Efficient and Student-Friendly Knowledge Distillation", arXiv 2205.15308. The teacher's body
+is frozen; what it says is ``z' = W (h + A(h))``, A a two-layer network that starts at 0. Per token,
 
     alpha T^2 D(p', q) + (1 - alpha) (CE(y, q) + CE(y, p'))
 
-reaches the student through q, and the adapter through p': the teacher is moved towards the labels and towards what the student
-can follow. The paper adds ``W0 h`` beside the network, a second head of V x H; a hidden adapter is within the head's rows and
-costs 2 H r parameters. D is the KL (the vision code; the text code has a squared error of probabilities).
+reaches the student through q, and the adapter through p': the teacher is moved towards the labels and towards what the
+student can follow. The paper adds ``W0 h`` beside the network, a second head of V x H; a hidden adapter is within the
+head's rows and costs 2 H r parameters. D is the KL (the vision code; the text code has a squared error of
+probabilities).
 
-``kd_loss`` never differentiates its teacher, so the adapter's share is the same divergence with the two changed around, its
-mirror: KL(p' || q) as a function of p' is the reverse KL of student p' and teacher q.
+``kd_loss`` never differentiates its teacher, so the adapter's share is the same divergence with the two changed around,
+its mirror: KL(p' || q) as a function of p' is the reverse KL of student p' and teacher q.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Adapter(nn.Module):
 
     def __init__(self, hidden: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.down, self.up, self.dropout = nn.Linear(hidden, width), nn.Linear(width, hidden, bias=False), nn.Dropout(dropout)
+        self.down, self.up, self.dropout = nn.Linear(hidden, width), nn.Linear(
+            width, hidden, bias=False
+        ), nn.Dropout(dropout)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -75,7 +78,10 @@ class StudentFriendly(Objective):
             labels=batch.labels, kd_weight=self.alpha, ce_weight=1.0 - self.alpha, temperature=self.temperature,
             squared_temperature=True, normalizer=normalizer, rows=batch.counted, max_scratch_bytes=max_scratch_bytes,
         )
-        still = lambda noun: dataclasses.replace(noun, hidden=noun.hidden.detach(), weight=noun.weight.detach())  # noqa: E731
+
+        def still(noun):
+            return dataclasses.replace(noun, hidden=noun.hidden.detach(), weight=noun.weight.detach())
+
         of_student = kd_loss(student, still(teacher), divergences.forward_kl(), stats=self.stats, **shared)
         of_adapter = kd_loss(teacher, still(student), divergences.reverse_kl(), **shared)
         # The divergence is in both; it is counted once, and its gradient goes both ways.

@@ -1,17 +1,18 @@
 """Squared-error-logit loss: partial soft labels, of which only one probability a position is known.
 
-Zhao et al. 2024, "Towards the Fundamental Limits of Knowledge Transfer over Finite Domains", arXiv 2310.07838. The teacher draws a
-label a and says how likely it found it, and the student minimises
+Zhao et al. 2024, "Towards the Fundamental Limits of Knowledge Transfer over Finite Domains", arXiv 2310.07838. The
+teacher draws a label a and says how likely it found it, and the student minimises
 
     1/2 (log q(a) - log p(a))^2
 
-per token. Its optimum is q = p wherever labels were seen, at the rate of full soft labels but for logarithms. (Weighting the
-cross-entropy of the same labels by p(a) tends to ``p^2 / sum p^2`` instead: a test shows it, nothing here does it.)
+per token. Its optimum is q = p wherever labels were seen, at the rate of full soft labels but for logarithms.
+(Weighting the cross-entropy of the same labels by p(a) tends to ``p^2 / sum p^2`` instead: a test shows it, nothing
+here does it.)
 
-``labels`` says where a comes from: "teacher" draws it anew from the live teacher at every position and step, which is what the
-theory asks for; "text" takes the next token, for text that the teacher itself wrote by plain sampling. For "text" a cache is
-enough, if it holds the teacher's log-probability of every next token. On labels that the *student* draws, the same loss has the
-gradient of the reverse KL in expectation.
+``labels`` says where a comes from: "teacher" draws it anew from the live teacher at every position and step, which is
+what the theory asks for; "text" takes the next token, for text that the teacher itself wrote by plain sampling. For
+"text" a cache is enough, if it holds the teacher's log-probability of every next token. On labels that the *student*
+draws, the same loss has the gradient of the reverse KL in expectation.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ class CachedLabels:
         unknown = (rows.next_logprobs.isnan() & document.counted).nonzero()
         if len(unknown):
             raise CacheError(
-                f"train: cache {self._cached.reader.folder} must hold the teacher's log-probability of every next token, got "
-                f"none at row {int(unknown[0])} of a document; build it from the teacher with kdk cache build",
+                f"train: cache {self._cached.reader.folder} must hold the teacher's log-probability of every next "
+                f"token, got none at row {int(unknown[0])} of a document; build it "
+                f"from the teacher with kdk cache build",
                 self._cached.reader.folder,
             )
         return rows.next_logprobs
@@ -106,13 +108,16 @@ class CachedLabels:
 def build(config: Config, parts: Parts) -> Method:
     labels = config.options.labels
     if config.cache is not None and labels == "teacher":
-        fail("config", "options.labels", '"text" with a cache', '"teacher"', "a cache cannot draw other labels than it holds")
+        fail(
+            "config", "options.labels", '"text" with a cache', '"teacher"',
+            "a cache cannot draw other labels than it holds",
+        )
     teacher = CachedLabels(teacher_of(config, parts)) if config.cache is not None else live_teachers(config, parts)[0]
     tokens = DatasetTokens.of(config, parts.documents)
     return Method.single("sel", tokens, teacher, SquaredErrorLogit(labels, config.seed))
 
 
 register(MethodSpec(
-    "sel", "squared error of the log-probability of one label the teacher drew", "Zhao et al. 2024, arXiv 2310.07838", build,
-    Options, needs=("teacher",),
+    "sel", "squared error of the log-probability of one label the teacher drew", "Zhao et al. 2024, arXiv 2310.07838",
+    build, Options, needs=("teacher",),
 ))

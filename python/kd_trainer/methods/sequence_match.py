@@ -16,8 +16,14 @@ steps. In the text, before a token with probability ``mistakes``, stands another
 so that the text says when to delete (the other token itself is not imitated). The backspace must be in the vocabulary:
 add it to tokenizer and models first, or name a token that texts never use.
 
-Uncertain: the paper's constants, its rates and how it draws mistakes could not be read; alpha, gamma, ``refresh`` and
-``mistakes`` are this project's. There is no public code. No teacher takes part.
+Verified: phi, and V - gamma V' over the rows of both kinds of text alike, in the released code of IQ-Learn (arXiv
+2106.12142, Div99/IQ-Learn, iq.py with div "chi" and loss "value"), whose form this is; alpha and gamma are settings
+there. Of the paper itself, the abstract and an extract of its appendix: it trains by next-token loss first, and then on
+a convex combination of that and this one: begin with a student of method sft, and set ``likelihood``, the share of the
+next-token loss.
+
+Uncertain: the paper's alpha, gamma, share and rates, and how it draws mistakes, could not be read; the values here are
+this project's. There is no public code. No teacher takes part.
 """
 
 from __future__ import annotations
@@ -48,10 +54,11 @@ class Options:
     mistakes: float = 0.05
     refresh: int = 4
     buffer: int = 512
+    likelihood: float = 0.0  # share of the next-token loss of the text
 
     def __post_init__(self) -> None:
         check_positive("config", "options.alpha", self.alpha)
-        for name in ("gamma", "mistakes"):
+        for name in ("gamma", "mistakes", "likelihood"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 fail("config", f"options.{name}", "in [0, 1)", getattr(self, name))
         for name in ("refresh", "buffer"):
@@ -85,10 +92,13 @@ class SequenceMatch(Objective):
         next_value = self._values(student, hidden[after], ids.new_zeros(len(after)), max_scratch_bytes)[0]
         next_value = torch.cat([next_value, value[len(before) :]])
         logit = torch.cat([logit[: len(before)], value[len(before) :]])
-        loss = 0.5 * (value - self.options.gamma * next_value)
+        loss, share = 0.5 * (value - self.options.gamma * next_value), self.options.likelihood
         if self.of_text:
             reward = logit - self.options.gamma * next_value
             loss = loss - (reward - reward.square() / (4.0 * self.options.alpha))
+        loss = (1.0 - share) * loss
+        if self.of_text and share:
+            loss = torch.cat([loss[: len(before)] - share * logprob[: len(before)], loss[len(before) :]])
         return KDLoss(loss.sum() / normalizer, {"label_logprob": batch.spread(logprob[: len(before)].detach())})
 
     def _states(self, student: CausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,10 +130,7 @@ class SequenceMatch(Objective):
 
 def build(config: Config, parts: Parts) -> Method:
     options, name, end = config.options, config.options.backspace, parts.tokenizer.eos_token_id
-    backspace = parts.tokenizer.convert_tokens_to_ids(name)
-    if backspace not in range(parts.student.vocab) or backspace == parts.tokenizer.unk_token_id:
-        remedy = "add it to the tokenizer and resize the model's embeddings, or name one that texts never use"
-        fail("config", "options.backspace", "a token of the vocabulary", repr(name), remedy)
+    backspace = parts.token_id("options.backspace", name)
     used = sum(bool((document.tokens[document.first_target :] == backspace).any()) for document in parts.documents)
     if used:
         got = f"{name!r}, which is in {used} of {len(parts.documents)}"

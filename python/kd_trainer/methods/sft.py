@@ -12,4 +12,6 @@ def build(config: Config, parts: Parts) -> Method:
     return Method.single("sft", DatasetTokens.of(config, parts.documents), NoTeacher(), cross_entropy())
 
 
-register(MethodSpec("sft", "next-token cross-entropy on the data, without a teacher", "the baseline of all others", build))
+register(
+    MethodSpec("sft", "next-token cross-entropy on the data, without a teacher", "the baseline of all others", build)
+)

@@ -27,8 +27,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
+from torch import Tensor
 
 from kd_trainer import rollout
 from kd_trainer.config import Config
@@ -37,9 +38,9 @@ from kd_trainer.errors import fail
 from kd_trainer.methods.base import DatasetTokens, DivergenceObjective, Method, Parts
 from kd_trainer.models import CausalLM
 from kd_trainer.registry import MethodSpec, register
+from kd_trainer.rollout import RollOuts
 from kd_trainer.teachers import live_teachers
-from kd_trainer.tokens import check_prompts, prompt_length
-from kd_trainer.tokens.writers import rollout_options
+from kd_trainer.tokens import Writer, check_prompts
 
 
 @dataclass(frozen=True)
@@ -69,41 +70,38 @@ class Options:
 
 
 @dataclass(frozen=True)
-class InterleavedTokens(DatasetTokens):
-    """Each text's prompt, continued by the student with the teacher at its side."""
+class Corrected:
+    """What writes: the student with the teacher at its side."""
 
-    student: CausalLM
     teacher: CausalLM
-    options: Options
-    rollout: rollout.Options
-    prompt_tokens: int | None
-    steps: int
-    seed: int
-    autocast: bool  # of the student, as in training
+    sampling: rollout.Sampling  # the teacher's
     found: dict[str, float] = field(default_factory=dict)  # what the last roll-out was like, to be logged
 
-    def produce(self, documents: Sequence[Document], index: int) -> list[Document]:
-        if not documents:
-            return []
-        device = self.student.device
-        if self.teacher.device != device:
-            self.teacher.to(device)
-        k, gamma = self.options.at(index, self.steps)
-        prompts = [document.tokens[: prompt_length(document, self.prompt_tokens)] for document in documents]
-        sampling = rollout.Sampling(self.options.teacher_temperature, top_p=self.options.teacher_top_p)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            written = rollout.interleave(
-                self.student, self.teacher, prompts, self.rollout,
-                seed=rollout.step_seed(self.seed, index, "skd"), teacher_sampling=sampling, k=k, gamma=gamma,
-                keys=torch.tensor([document.key for document in documents]),
-            )
+    def __call__(self, student: CausalLM, prompts: Sequence[Tensor], options: rollout.Options, **how: Any) -> RollOuts:
+        if self.teacher.device != student.device:
+            self.teacher.to(student.device)
+        written = rollout.interleave(student, self.teacher, prompts, options, teacher_sampling=self.sampling, **how)
         self.found.update(acceptance=written.acceptance, tokens_per_round=written.tokens_per_round)
-        return written.documents()
+        return written
+
+
+@dataclass(frozen=True)
+class InterleavedTokens(DatasetTokens):
+    """Each text's prompt, continued by a writer that is told K and gamma of the step."""
+
+    writer: Writer
+    options: Options
+    steps: int
+    found: Mapping[str, float]
+
+    def produce(self, documents: Sequence[Document], index: int) -> list[Document]:
+        k, gamma = self.options.at(index, self.steps)
+        return self.writer.write(documents, index, k=k, gamma=gamma)
 
     def after_step(self, index: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """For :class:`Method`: what is logged."""
         k, gamma = self.options.at(index, self.steps)
-        return {"k": float(k), "gamma": float(gamma)} | self.found
+        return {"k": float(k), "gamma": float(gamma), **self.found}
 
 
 def build(config: Config, parts: Parts) -> Method:
@@ -115,12 +113,13 @@ def build(config: Config, parts: Parts) -> Method:
             fail("config", f"options.{name}", f"at most V={parts.student.vocab}", getattr(options, name))
     check_prompts(parts.documents, config.rollout.prompt_tokens)
     teacher = live_teachers(config, parts)[0]
+    corrected = Corrected(
+        parts.teachers[0], rollout.Sampling(options.teacher_temperature, top_p=options.teacher_top_p)
+    )
     plan = DatasetTokens.of(config, parts.documents).plan
     tokens = InterleavedTokens(
-        parts.documents, plan, student=parts.student, teacher=parts.teachers[0], options=options,
-        rollout=rollout_options(config, parts), prompt_tokens=config.rollout.prompt_tokens,
-        steps=config.train.steps or plan.steps_in(config.train.epochs), seed=config.seed,
-        autocast=config.train.precision == "bf16",
+        parts.documents, plan, Writer.student(config, parts, corrected, purpose="skd"), options,
+        steps=config.train.steps or plan.steps_in(config.train.epochs), found=corrected.found,
     )
     return Method.single("skd", tokens, teacher, DivergenceObjective.of(config), after_step=tokens.after_step)
 

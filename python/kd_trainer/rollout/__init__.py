@@ -16,7 +16,7 @@ from kd_trainer.rollout.result import RollOuts, pad, prompts_of, unpad
 from kd_trainer.rollout.rewrite import Rewritten, choose_places, hide, labelled, mix, rewrite
 
 __all__ = [
-    "ExternalEngine", "Interleaved", "LocalEngine", "Options", "RollOuts", "Rewritten", "Sampling", "Trail", "VLLMEngine",
-    "backtrack", "choose_places", "generate", "hide", "interleave", "labelled", "mistaken", "mix", "pad", "prompts_of",
-    "rewrite", "score", "sequence_keys", "step_seed", "text_left", "trail", "unpad",
+    "ExternalEngine", "Interleaved", "LocalEngine", "Options", "RollOuts", "Rewritten", "Sampling", "Trail",
+    "VLLMEngine", "backtrack", "choose_places", "generate", "hide", "interleave", "labelled", "mistaken", "mix", "pad",
+    "prompts_of", "rewrite", "score", "sequence_keys", "step_seed", "text_left", "trail", "unpad",
 ]

@@ -125,7 +125,7 @@ def _backtrack(
     count, steps = len(prompts), max(budgets)
     decoder = Decoder(where, model, count, max(len(prompt) + budget for prompt, budget in zip(prompts, budgets)))
     rows = torch.arange(count)  # the sequence that each row of the decoder writes
-    record = Record(count, steps, model.device)
+    record = Record(count, model.device)
     ends: list[tuple[int, str] | None] = [None] * count
     keys, positions = keys.to(model.device), torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     last = decoder.feed_prompts(prompts)[:, -1]
@@ -136,7 +136,7 @@ def _backtrack(
         own = model.logits_of(states[torch.arange(len(rows)), left])
         allowed = without(own, options.stop_ids if step < options.min_new_tokens else ())
         drawn = draw(allowed, options.sampling, seed, keys, positions + step, own=own, entropy=options.entropy)
-        record.write(rows.tolist(), step, drawn)
+        record.write(rows.tolist(), drawn)
         ids = drawn.ids.cpu()
         for i, token in zip(rows.tolist(), ids.tolist()):
             if token < 0:

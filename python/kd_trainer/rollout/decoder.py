@@ -1,9 +1,9 @@
 """A model that reads tokens a few at a time and remembers them: rows of a batch that grow, roll back and leave.
 
 Every row's tokens end at the right edge of the cache, with nothing or padding on their left, which is the layout that
-every attention of transformers understands through a mask ``[B, width]``. Rolling a row back leaves a hole in that mask;
-holes and padding are squeezed out when they make up a fifth of the cache, and at once where a layer attends to a window,
-which counts columns and not tokens.
+every attention of transformers understands through a mask ``[B, width]``. Rolling a row back leaves a hole in that
+mask; holes and padding are squeezed out when they make up a fifth of the cache, and at once where a layer attends to a
+window, which counts columns and not tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from kd_trainer.errors import fail
 from kd_trainer.models import PROBE_LENGTHS, CausalLM
@@ -31,9 +31,10 @@ GROWTH = 1.5
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer in storage with room to spare: a step writes its own columns and copies no others.
 
-    (DynamicLayer joins old and new columns anew in every step.) ``keys`` and ``values`` are views ``[B, heads, width, D]``
-    of storage ``[B, room, heads, D]``, where a token's vectors lie together and rows can be gathered at the speed of a
-    copy. Windows of attention are left to the mask, so no column is lost that a roll-back may need.
+    (DynamicLayer joins old and new columns anew in every step.) ``keys`` and ``values`` are views
+    ``[B, heads, width, D]`` of storage ``[B, room, heads, D]``, where a token's vectors lie together and rows can be
+    gathered at the speed of a copy. Windows of attention are left to the mask, so no column is lost that a roll-back
+    may need.
     """
 
     def __init__(self, limit: int) -> None:
@@ -42,41 +43,46 @@ class GrowingLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self._storage = [x.new_empty(x.shape[0], 0, x.shape[1], x.shape[3]) for x in (key_states, value_states)]
-        self._show(0)
+        self._store([x.new_empty(x.shape[0], 0, x.shape[1], x.shape[3]) for x in (key_states, value_states)], 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write the columns ``[B, heads, q, D]`` of q new tokens; return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        begin, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if end > self._storage[0].shape[1]:
+        count = key_states.shape[2]
+        begin = self.get_seq_length()
+        end = begin + count
+        if end > self._room[0].shape[2]:
             self._replace(None, None, room=max(end, min(self._limit, int(GROWTH * end))))
-        for storage, new in zip(self._storage, (key_states, value_states)):
-            storage[:, begin:end] = new.transpose(1, 2)
-        self._show(end)
+        keys, values = self._room
+        keys.narrow(2, begin, count).copy_(key_states)
+        values.narrow(2, begin, count).copy_(value_states)
+        self.keys, self.values = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         return self.keys, self.values
 
     def select(self, rows: Tensor | None, columns: Tensor | None) -> None:
         """Keep some rows (int64 ``[M]``), and of row i the columns ``columns[i]`` (int64 ``[M, width]``); None: all."""
         if self.is_initialized:
             width = self.get_seq_length() if columns is None else columns.shape[1]
-            self._replace(rows, columns, room=min(self._storage[0].shape[1], max(width, int(GROWTH * width))))
+            self._replace(rows, columns, room=min(self._room[0].shape[2], max(width, int(GROWTH * width))))
 
     def _replace(self, rows: Tensor | None, columns: Tensor | None, room: int) -> None:
-        width = self.get_seq_length()
-        for i, old in enumerate(self._storage):
+        width, storage = self.get_seq_length(), []
+        for old in self._room:
+            old = old.transpose(1, 2)
             held = old[:, :width] if rows is None else old[rows, :width]
             if columns is not None:
                 flat = columns + width * torch.arange(held.shape[0], device=held.device)[:, None]
                 held = held.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, columns.shape)
             new = held.new_empty(held.shape[0], room, *held.shape[2:])
             new[:, : held.shape[1]] = held
-            self._storage[i] = new
-        self._show(width if columns is None else columns.shape[1])
+            storage.append(new)
+        self._store(storage, width if columns is None else columns.shape[1])
 
-    def _show(self, width: int) -> None:
-        self.keys, self.values = (storage[:, :width].transpose(1, 2) for storage in self._storage)
+    def _store(self, storage: list[Tensor], width: int) -> None:
+        """Go on in storage ``[B, room, heads, D]``, of which so many columns are written."""
+        self._room = [x.transpose(1, 2) for x in storage]
+        self.keys, self.values = (x.narrow(2, 0, width) for x in self._room)
 
 
 def new_cache(where: str, model: CausalLM, limit: int) -> DynamicCache:
@@ -115,12 +121,9 @@ class Decoder:
         self._device = model.device
         self._limit = limit
         self._has_window = has_window(model)
-        self._is_token = torch.zeros(rows, 0, dtype=torch.bool, device=self._device)
+        self._width = 0  # columns of the cache
+        self._is_token: Tensor | None = None  # bool [B, width]; None: all of them are
         self.lengths = torch.zeros(rows, dtype=torch.int64)
-
-    @property
-    def _width(self) -> int:
-        return self._is_token.shape[1]
 
     def feed_prompts(self, prompts: Sequence[Tensor]) -> Tensor:
         """Read one int64 ``[L_i]`` a row; return hidden states ``[B, longest, H]``, those of prompts at the right."""
@@ -133,15 +136,28 @@ class Decoder:
         Args:
             is_token: ``[B, q]`` on the CPU: 0 where there is padding, which nothing attends to. None: tokens only.
         """
-        is_token = torch.ones(ids.shape, dtype=torch.bool) if is_token is None else is_token.bool()
-        places = (self.lengths[:, None] + is_token.cumsum(1) - 1).clamp(0, self._limit - 1)
-        self.lengths = self.lengths + is_token.sum(1)
-        self._is_token = torch.cat([self._is_token, is_token.to(self._device)], 1)
-        full = bool((self.lengths == self._width).all())  # then no mask is needed, and attention is faster without
-        output = self._model(
-            input_ids=ids, attention_mask=None if full else self._is_token.long(),
-            position_ids=places.to(self._device), past_key_values=self._cache, use_cache=True,
-        )
+        count = ids.shape[1]
+        if is_token is not None and is_token.all():
+            is_token = None
+        if is_token is not None:
+            self._mark_columns()
+        if self._is_token is None:  # attention is faster without a mask
+            places = torch.arange(self._width, self._width + count, device=self._device).expand(ids.shape)
+            added = count
+        else:
+            new = torch.ones(ids.shape, dtype=torch.bool) if is_token is None else is_token.bool()
+            places = (self.lengths[:, None] + new.cumsum(1) - 1).to(self._device)
+            self._is_token = torch.cat([self._is_token, new.to(self._device)], 1)
+            added = new.sum(1)
+        self._width += count
+        self.lengths = self.lengths + added
+        # Every small operation is a tenth faster than without gradients alone. What is gathered from other processes by
+        # hooks must stay an ordinary tensor.
+        with torch.inference_mode(not torch.distributed.is_initialized()):
+            output = self._model(
+                input_ids=ids, attention_mask=None if self._is_token is None else self._is_token.long(),
+                position_ids=places.clamp(0, self._limit - 1), past_key_values=self._cache, use_cache=True,
+            )
         return output.last_hidden_state
 
     def drop_last(self, counts: Tensor) -> None:
@@ -149,11 +165,14 @@ class Decoder:
         common = int(counts.min())
         if common:
             self._cache.crop(-common)
-            self._is_token = self._is_token[:, : self._width - common]
+            self._width -= common
+            if self._is_token is not None:
+                self._is_token = self._is_token[:, : self._width]
         self.lengths = self.lengths - counts
         ragged = counts - common
         if ragged.any():
             column = torch.arange(self._width)
+            self._mark_columns()
             self._is_token &= (column < self._width - ragged[:, None]).to(self._device)
             self._squeeze(None, at_once=self._has_window)
 
@@ -161,21 +180,30 @@ class Decoder:
         """Go on with some of the rows, in the given order."""
         self.lengths = self.lengths[rows]
         index = torch.tensor(rows, device=self._device)
-        self._is_token = self._is_token[index]
+        if self._is_token is not None:
+            self._is_token = self._is_token[index]
         self._squeeze(index, at_once=False)
+
+    def _mark_columns(self) -> None:
+        """From now on, some columns hold no token."""
+        if self._is_token is None:
+            self._is_token = torch.ones(len(self.lengths), self._width, dtype=torch.bool, device=self._device)
 
     def _squeeze(self, rows: Tensor | None, at_once: bool) -> None:
         """Make the selection of rows true in the cache, and push every row's tokens together if that is worth it."""
         longest = int(self.lengths.max())
         columns = None
-        if at_once or self._width > MOST_WASTE * longest:
+        if self._is_token is not None and (at_once or self._width > MOST_WASTE * longest):
             holes_first = self._is_token.to(torch.uint8).argsort(dim=1, stable=True)
             columns = holes_first[:, self._width - longest :]
             self._is_token = self._is_token.gather(1, columns)
+            self._width = longest
         if rows is not None or columns is not None:
             for layer in self._cache.layers:
                 if isinstance(layer, GrowingLayer):
                     layer.select(rows, columns)
+        if bool((self.lengths == self._width).all()):
+            self._is_token = None
 
 
 def has_window(model: CausalLM) -> bool:
@@ -191,15 +219,16 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     Under autocast the cache of rounded weights is emptied at the end: entries made without gradients would otherwise
     serve the next training step, and cut its gradient off.
     """
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
+    training = [module for model in models for module in model.modules() if module.training]
+    if training:
+        for model in models:
+            model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
         torch.clear_autocast_cache()
 
 
@@ -217,7 +246,10 @@ def check_decoding(where: str, model: CausalLM) -> None:
     if model in _checked:
         return
     texts = [torch.arange(n + 3) * 7 % model.vocab for n in PROBE_LENGTHS]
-    piece = lambda *offsets: torch.stack([text[[n + o for o in offsets]] for text, n in zip(texts, PROBE_LENGTHS)])  # noqa: E731
+
+    def piece(*offsets: int) -> Tensor:
+        return torch.stack([text[[n + o for o in offsets]] for text, n in zip(texts, PROBE_LENGTHS)])
+
     with evaluating(model), torch.autocast(model.device.type, enabled=False):
         decoder = Decoder(where, model, len(texts), max(map(len, texts)))
         decoder.feed_prompts([text[:n] for text, n in zip(texts, PROBE_LENGTHS)])

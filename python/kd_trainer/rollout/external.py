@@ -1,8 +1,8 @@
 """Roll-outs by an engine that is not this process's model, behind one method; and vLLM behind it.
 
 An engine has weights of its own. Whoever trains the student says when it gets new ones: nothing here copies them, and
-roll-outs of old weights are off-policy by as many steps. :func:`score` tells by how much: it gives the log-probabilities
-of the model that is trained, to compare with the engine's.
+roll-outs of old weights are off-policy by as many steps. :func:`score` tells by how much: it gives the
+log-probabilities of the model that is trained, to compare with the engine's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class ExternalEngine(Protocol):
     def generate(
         self, prompts: Sequence[Tensor], options: Options, *, seed: int, keys: Tensor | None = None
     ) -> RollOuts:
-        """As :func:`kd_trainer.rollout.generate`. What an engine cannot do it refuses; what it does not know is None."""
+        """As :func:`kd_trainer.rollout.generate`. What an engine cannot do it refuses; what it does not know is
+        None."""
 
 
 class LocalEngine:
@@ -60,8 +61,8 @@ class VLLMEngine:
             ``model_logprobs``, "processed_logprobs" are ``logprobs``; the other of the two is None.
         vocab: the tokenizer's number of ids, as in :class:`CausalLM`.
 
-    New weights are the caller's to send before a call, by whatever way of vLLM's suits its placement; after that, its cache
-    of prefixes, which the old weights filled, must be emptied with ``llm.reset_prefix_cache()``.
+    New weights are the caller's to send before a call, by whatever way of vLLM's suits its placement; after that, its
+    cache of prefixes, which the old weights filled, must be emptied with ``llm.reset_prefix_cache()``.
 
     Raises:
         RuntimeError: vllm is not installed, or this version lacks a name or a field that is used here.
@@ -89,8 +90,8 @@ class VLLMEngine:
         """See :class:`ExternalEngine`. ``options.batch_size`` is ignored: vLLM makes its own batches.
 
         Raises:
-            RuntimeError: what comes back is not what vLLM documents: other prompts, a sequence without tokens or without
-                log-probabilities, or one that ended for another reason than a stop id or its length.
+            RuntimeError: what comes back is not what vLLM documents: other prompts, a sequence without tokens or
+                without log-probabilities, or one that ended for another reason than a stop id or its length.
         """
         where = "VLLMEngine.generate"
         prompts = check_prompts(where, prompts, self._vocab)
@@ -125,7 +126,9 @@ class VLLMEngine:
     def _sequence(self, i: int, prompt: Tensor, output: object, options: Options) -> tuple[Tensor, str, Tensor]:
         """Completion, finish reason and log-probabilities of one RequestOutput."""
         if list(self._get(output, "prompt_token_ids")) != prompt.tolist():
-            self._misfit(f"prompt_token_ids of output {i}", "those of the prompt", self._get(output, "prompt_token_ids"))
+            self._misfit(
+                f"prompt_token_ids of output {i}", "those of the prompt", self._get(output, "prompt_token_ids")
+            )
         (completion,) = self._get(output, "outputs")
         tokens, reason = list(self._get(completion, "token_ids")), self._get(completion, "finish_reason")
         if not tokens:
@@ -133,7 +136,8 @@ class VLLMEngine:
         ended_well = reason == "length" or reason == "stop" and tokens[-1] in options.stop_ids
         if not ended_well:
             self._misfit(
-                f"finish_reason of output {i}", '"length", or "stop" after one of stop_ids', f"{reason!r} after {tokens[-1]}"
+                f"finish_reason of output {i}", '"length", or "stop" after one of stop_ids',
+                f"{reason!r} after {tokens[-1]}"
             )
         entries = self._get(completion, "logprobs")
         if entries is None or len(entries) != len(tokens) or any(t not in entry for t, entry in zip(tokens, entries)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
@@ -28,9 +29,9 @@ def generate(
 ) -> RollOuts:
     """Completions of prompts, each token drawn by :func:`kd_kernels.sample` from the last hidden state of its sequence.
 
-    Token t of a completion is drawn at position ``len(prompt) + t`` with the sequence's key. So a sequence's text depends
-    on the model, its prompt, the options, ``seed`` and its key, and not on the sequences that it is generated with, but
-    for what their padding changes in the rounding of the model's own sums.
+    Token t of a completion is drawn at position ``len(prompt) + t`` with the sequence's key. So a sequence's text
+    depends on the model, its prompt, the options, ``seed`` and its key, and not on the sequences that it is generated
+    with, but for what their padding changes in the rounding of the model's own sums.
 
     Args:
         model: in any mode, on any device; it is evaluated without dropout and without gradients, under the caller's
@@ -47,8 +48,8 @@ def generate(
         ValueError: prompts, options, ids and keys do not fit together or the model; the model has no cache of keys and
             values; a row of logits is NaN, +inf, or -inf alone.
 
-    Cost: the head multiplies one hidden state a sequence and step, 2 H V operations. The cache takes B * longest * bytes of
-    a token's keys and values, and half of that in addition while it grows. Waits for the device once a step.
+    Cost: the head multiplies one hidden state a sequence and step, 2 H V operations. The cache takes B * longest *
+    bytes of a token's keys and values, and half of that in addition while it grows. Waits for the device once a step.
     """
     where = "generate"
     prompts = check_prompts(where, prompts, model.vocab)
@@ -71,7 +72,7 @@ def _generate(
     count, steps = len(prompts), max(budgets)
     decoder = Decoder(where, model, count, max(len(prompt) + budget for prompt, budget in zip(prompts, budgets)))
     rows = list(range(count))  # the sequence that each row of the decoder writes
-    record = Record(count, steps, model.device)
+    record = Record(count, model.device)
     ends: list[tuple[int, str] | None] = [None] * count
     keys, positions = keys.to(model.device), torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     hidden = decoder.feed_prompts(prompts)[:, -1]
@@ -81,8 +82,8 @@ def _generate(
             without(logits, options.stop_ids if step < options.min_new_tokens else ()), options.sampling, seed, keys,
             positions + step, own=logits, entropy=options.entropy,
         )
-        record.write(rows, step, drawn)
-        for row, (i, token) in enumerate(zip(rows, drawn.ids.tolist())):
+        record.write(rows, drawn)
+        for i, token in zip(rows, drawn.ids.tolist()):
             if token < 0:
                 fail_logits(where, i, len(prompts[i]) + step)
             if ends[i] is None and (token in options.stop_ids or step + 1 == budgets[i]):
@@ -157,23 +158,30 @@ def fail_logits(where: str, sequence: int, position: int) -> NoReturn:
 class Record:
     """What was drawn, on the device, until all is finished."""
 
-    def __init__(self, rows: int, steps: int, device: torch.device) -> None:
-        self._shape, self._device = (rows, steps), device
-        self._fields: dict[str, Tensor] = {}
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._steps: list[tuple[list[int], Sampled]] = []
 
-    def write(self, rows: Sequence[int], step: int, drawn: Sampled) -> None:
-        index = torch.tensor(rows, device=self._device)
-        for name in ("ids", "logprobs", "model_logprobs", "entropy"):
-            if (values := getattr(drawn, name)) is not None:
-                if name not in self._fields:
-                    self._fields[name] = torch.zeros(self._shape, dtype=values.dtype, device=self._device)
-                self._fields[name][index, step] = values
+    def write(self, rows: list[int], drawn: Sampled) -> None:
+        """What the next step drew for some rows."""
+        self._steps.append((rows, drawn))
+
+    def _field(self, name: str) -> Tensor | None:
+        """``[B, steps]``, 0 where nothing was drawn. Steps of the same rows are written together."""
+        first = getattr(self._steps[0][1], name)
+        if first is None:
+            return None
+        values, begin = first.new_zeros(self._rows, len(self._steps)), 0
+        for rows, steps in itertools.groupby(self._steps, lambda step: step[0]):
+            new = torch.stack([getattr(drawn, name) for _, drawn in steps], 1)
+            values[torch.tensor(rows, device=self._device), begin : begin + new.shape[1]] = new
+            begin += new.shape[1]
+        return values.cpu()
 
     def result(self, prompts: Sequence[Tensor], ends: Sequence[tuple[int, str]]) -> RollOuts:
         def cut(name: str) -> tuple[Tensor, ...] | None:
-            if name not in self._fields:
-                return None
-            return tuple(row[:length].clone() for row, (length, _) in zip(self._fields[name].cpu(), ends))
+            values = self._field(name)
+            return None if values is None else tuple(row[:length].clone() for row, (length, _) in zip(values, ends))
 
         return RollOuts(
             tuple(prompts), cut("ids"), tuple(reason for _, reason in ends), cut("logprobs"), cut("model_logprobs"),
@@ -194,7 +202,8 @@ def score(model: CausalLM, documents: Sequence[Document], *, batch_tokens: int =
         batch_tokens: about how many tokens are read at a time, padding included.
 
     Returns:
-        :class:`~kd_kernels.TokenStats` of ``[n_i]`` for each document's n_i targets, on the CPU, in the documents' order.
+        :class:`~kd_kernels.TokenStats` of ``[n_i]`` for each document's n_i targets, on the CPU, in the documents'
+        order.
 
     Raises:
         ValueError: a document without targets, or ids outside the model's vocabulary.
@@ -208,7 +217,9 @@ def score(model: CausalLM, documents: Sequence[Document], *, batch_tokens: int =
             fields = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
             counts = [int(documents[i].counted.sum()) for i in members]
             parts = {name: value.cpu().split(counts) for name, value in fields.items() if value is not None}
-            found |= {i: TokenStats(**{name: part[row] for name, part in parts.items()}) for row, i in enumerate(members)}
+            found |= {
+                i: TokenStats(**{name: part[row] for name, part in parts.items()}) for row, i in enumerate(members)
+            }
     return [found[i] for i in range(len(documents))]
 
 

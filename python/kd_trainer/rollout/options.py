@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Sampling:
 
     def arguments(self, prefix: str = "") -> dict[str, float | int | None]:
         """The fields as keyword arguments, their names with a prefix."""
-        return {prefix + name: value for name, value in asdict(self).items()}
+        return {prefix + name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class RollOuts:
         return [len(completion) for completion in self.completions]
 
     def documents(self) -> list[Document]:
-        """Prompt and completion as one document each, whose targets are the completion: what the trainer learns from."""
+        """Prompt and completion as one document each, whose targets are the completion: what the trainer learns
+        from."""
         return [
             Document(torch.cat([prompt, completion]), len(prompt))
             for prompt, completion in zip(self.prompts, self.completions)

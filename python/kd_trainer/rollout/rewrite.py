@@ -1,4 +1,5 @@
-"""Texts of a data set in which a model has put some of the words: cheaper than roll-outs, closer to them than the data."""
+"""Texts of a data set in which a model has put some of the words: cheaper than roll-outs, closer to them than the
+data."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Rewritten:
 
     Attributes:
         documents: of the same lengths and first targets. Away from the places, the same tokens.
-        places: int64 ``[m_i]`` each, rising: which tokens were drawn anew; m_i may be 0. One may be the old token again.
+        places: int64 ``[m_i]`` each, rising: which tokens were drawn anew; m_i may be 0. One may be the old token
+            again.
         logprobs: ``[m_i]`` each: of the new tokens under the distribution that they were drawn from.
         model_logprobs: likewise under the model's own.
     """
@@ -74,7 +76,8 @@ def choose_places(
 
 
 def hide(documents: Sequence[Document], places: Sequence[Tensor], mask_id: int) -> list[Document]:
-    """Documents with a mask token at the places, int64 ``[m_i]`` each. Their labels are what they were: see :func:`labelled`."""
+    """Documents with a mask token at the places, int64 ``[m_i]`` each. Their labels are what they were: see
+    :func:`labelled`."""
     return [
         dataclasses.replace(document, tokens=document.tokens.index_fill(0, there, mask_id))
         for document, there in zip(documents, places)
@@ -101,8 +104,8 @@ def rewrite(
     """Hide some targets behind a mask token, let the model predict them in one pass, and put the predictions in.
 
     The model reads every document once with all of its masks; the prediction at a masked place is drawn from the row
-    before it, which sees the masks to its left. Nothing is decoded token by token. The head's product is made for masked
-    places only. The strategies "hard" and "easy" read the unmasked documents once more, for the entropies.
+    before it, which sees the masks to its left. Nothing is decoded token by token. The head's product is made for
+    masked places only. The strategies "hard" and "easy" read the unmasked documents once more, for the entropies.
 
     Args:
         model: as in :func:`generate`.
@@ -113,7 +116,8 @@ def rewrite(
         batch_tokens: about how many tokens are read at a time, padding included.
 
     Raises:
-        ValueError: a document without targets, an id outside the vocabulary, a fraction or strategy that does not exist.
+        ValueError: a document without targets, an id outside the vocabulary, a fraction or strategy that does not
+            exist.
 
     Source: "Learning from Imperfect Data", arXiv 2410.11371, which leaves open whether it draws or takes the likeliest.
     """
@@ -145,12 +149,13 @@ def mix(
 ) -> Rewritten:
     """Documents in which each target is, with a probability, what the model says after the mixture so far.
 
-    Scheduled sampling, made for a whole batch before it is trained on: unlike :func:`rewrite`, a new token is drawn after
-    the new tokens before it, with the cache of keys and values, one pass a new token and document; the tokens of the data
-    between two new ones are read at once.
+    Scheduled sampling, made for a whole batch before it is trained on: unlike :func:`rewrite`, a new token is drawn
+    after the new tokens before it, with the cache of keys and values, one pass a new token and document; the tokens of
+    the data between two new ones are read at once.
 
     Args:
-        fraction: the probability of a new token, above 0, up to 1; 1 is the model's own continuation, as long as the old.
+        fraction: the probability of a new token, above 0, up to 1; 1 is the model's own continuation, as long as the
+            old.
         batch_size: documents that are mixed together; None: all.
         model, sampling, seed, keys: as in :func:`rewrite`.
 
@@ -178,8 +183,8 @@ def mix(
 
 
 def _mix(
-    where: str, model: CausalLM, documents: Sequence[Document], rows: list[int], drawn: _Drawn, sampling: Sampling, seed: int,
-    keys: Tensor,
+    where: str, model: CausalLM, documents: Sequence[Document], rows: list[int], drawn: _Drawn, sampling: Sampling,
+    seed: int, keys: Tensor,
 ) -> None:
     """Draw the new tokens of one batch. ``rows``: the document that each row of the decoder reads."""
     decoder = Decoder(where, model, len(rows), max(len(documents[i]) for i in rows))

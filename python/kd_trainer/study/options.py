@@ -1,4 +1,4 @@
-"""What a study trains and for how long: three sizes, any field of which can be changed on the command line."""
+"""What a study trains and for how long: two sizes, any field of which can be changed on the command line."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Size:
     max_length: int = 80
     max_new_tokens: int = 40
     teacher_steps: int = 80
-    start_steps: int = 600
+    start_steps: int = 200
     steps: int = 30
     fine_tuning_tokens: int = 512  # of a step of the first two
-    batch_tokens: int = 384  # of a method's step
+    batch_tokens: int = 256  # of a method's step
     teacher_lr: float = 2e-4
     start_lr: float = 1e-3
-    lr: float = 1e-4
+    lr: float = 2e-4
     databases: int = 3
-    precision: str = "bf16"
-    teacher_dtype: str = "bfloat16"
+    precision: str = "fp32"
+    teacher_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         check_one_of("study", "precision", self.precision, ("fp32", "bf16"))
@@ -79,7 +79,9 @@ SIZES: Mapping[str, Size] = {
     "full": Size(
         train_questions=50_000, method_questions=50_000, dev_questions=2000, fidelity_questions=500, max_length=256,
         max_new_tokens=96, teacher_steps=800, start_steps=3000, steps=1500, fine_tuning_tokens=8192, batch_tokens=4096,
+        precision="bf16", teacher_dtype="bfloat16",
     ),
 }
-"""``small`` ends in hours on two cores. ``full`` is for a GPU and has not been run yet: two epochs of the teacher, eight
-of the cut, two of each method."""
+"""``small`` ends in hours on two cores; in fp32, because many processors have no bf16 products and are far slower at
+emulating them. ``full`` is for a GPU and has not been run yet: two epochs of the teacher, eight of the cut, two of each
+method."""

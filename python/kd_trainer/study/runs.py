@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_trainer.data import tokenize
-from kd_trainer.diagnostics.exposure import excess_error
+from kd_trainer.data import Document, tokenize
+from kd_trainer.diagnostics.exposure import excess_error, oracle_texts
 from kd_trainer.errors import fail
 from kd_trainer.evaluate import evaluate
 from kd_trainer.files import new_file
@@ -39,7 +40,9 @@ class Measure:
         texts = [Text(question.completion, question.prompt) for question in judge.questions]
         self._documents = tokenize(texts, self._tokenizer, stages.data("dev"))
         self._few = self._documents[: stages.size.fidelity_questions]
-        self._ends = (self._tokenizer.eos_token_id,)
+        self._options = Options(
+            max_new_tokens=stages.size.max_new_tokens, stop_ids=(self._tokenizer.eos_token_id,), batch_size=BATCH
+        )
 
     def of_teacher(self) -> dict[str, float]:
         """Its accuracy."""
@@ -49,12 +52,17 @@ class Measure:
         """Accuracy; divergences from the teacher on the gold texts; the error that the student's own texts add."""
         student = self._load(folder)
         fidelity = evaluate(self._teacher, {"student": student}, self._few)["models"]["student"]
-        options = Options(max_new_tokens=self._size.max_new_tokens, stop_ids=self._ends, batch_size=BATCH)
-        exposure = excess_error(self._teacher, student, self._few, options, seed=0)
+        exposure = excess_error(
+            self._teacher, student, self._few, self._options, seed=0, by_teacher=self._texts_of_teacher
+        )
         return self._accuracy(student) | fidelity | {
             "excess_error": exposure.excess, "excess_error_per_token": exposure.per_token,
             "excess_error_standard_error": exposure.standard_error,
         }
+
+    @functools.cached_property
+    def _texts_of_teacher(self) -> list[Document]:
+        return oracle_texts(self._teacher, self._few, self._options, seed=0)
 
     def _load(self, folder: Path, dtype: str = "float32") -> CausalLM:
         return CausalLM(load_pretrained(str(folder), dtype), self._vocab)

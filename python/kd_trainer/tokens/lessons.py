@@ -116,7 +116,7 @@ class ChosenTeachers(SeveralTeachers):
         self._lessons, self._data = lessons, config.data
 
     def targets(self, batch: Batch) -> tuple[tuple[Tensor, LinearLogits], ...]:
-        device, begin, read = batch.rows.device, 0, []
+        device, read = batch.rows.device, []
         own = torch.tensor([self._lessons.source_of(document) for document in batch.documents], device=device)
         source = own.repeat_interleave(torch.tensor([len(document) - 1 for document in batch.documents], device=device))
         for i in sorted(set(own.tolist())):

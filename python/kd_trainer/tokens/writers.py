@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -79,26 +78,25 @@ class Writer:
 
     @classmethod
     def student(
-        cls, config: Config, parts: Parts, generate: Callable[..., RollOuts] = rollout.generate, **sampling: Any
+        cls, config: Config, parts: Parts, generate: Callable[..., RollOuts] = rollout.generate,
+        purpose: str = "student's text",
     ) -> Writer:
-        """The student, by the ``rollout`` section, some of whose sampling a method decides."""
-        autocast = config.train.precision == "bf16"
-        options = rollout_options(config, parts, **sampling)
+        """The student, by the ``rollout`` section."""
         return cls(
-            parts.student, options, seed=config.seed, purpose="student's text",
-            prompt_tokens=config.rollout.prompt_tokens, autocast=autocast, generate=generate,
+            parts.student, rollout_options(config, parts), seed=config.seed, purpose=purpose,
+            prompt_tokens=config.rollout.prompt_tokens, autocast=config.train.precision == "bf16", generate=generate,
         )
 
     @classmethod
-    def teacher(cls, config: Config, parts: Parts, **sampling: Any) -> Writer:
+    def teacher(cls, config: Config, parts: Parts) -> Writer:
         """The first teacher, likewise."""
-        options = rollout_options(config, parts, **sampling)
         return cls(
-            parts.teachers[0], options, seed=config.seed, purpose="teacher's text",
+            parts.teachers[0], rollout_options(config, parts), seed=config.seed, purpose="teacher's text",
             prompt_tokens=config.rollout.prompt_tokens, beside=parts.student,
         )
 
-    def write(self, documents: Sequence[Document], step: int) -> list[Document]:
+    def write(self, documents: Sequence[Document], step: int, **how: Any) -> list[Document]:
+        """``how``: what else is said to what draws."""
         if not documents:
             return []
         device = self._beside.device
@@ -108,7 +106,7 @@ class Writer:
         keys = torch.tensor([document.key for document in documents])
         with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
             seed = rollout.step_seed(self._seed, step, self.purpose)
-            return self._generate(self._model, prompts, self.options, seed=seed, keys=keys).documents()
+            return self._generate(self._model, prompts, self.options, seed=seed, keys=keys, **how).documents()
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -139,12 +137,11 @@ class KeptWriter:
         self._kept = {key: Document(tokens, first) for key, (tokens, first) in state.get("kept", {}).items()}
 
 
-def rollout_options(config: Config, parts: Parts, **sampling: Any) -> rollout.Options:
+def rollout_options(config: Config, parts: Parts) -> rollout.Options:
     """How a run writes: up to ``rollout.max_new_tokens``, ``data.max_length`` with the prompt, or end of sequence."""
     section, end = config.rollout, parts.tokenizer.eos_token_id
-    chosen = rollout.Sampling(section.temperature, section.top_k, section.top_p)
     return rollout.Options(
         max_new_tokens=section.max_new_tokens, max_length=config.data.max_length,
-        stop_ids=() if end is None else (end,), sampling=dataclasses.replace(chosen, **sampling),
-        batch_size=section.batch_size,
+        stop_ids=() if end is None else (end,), batch_size=section.batch_size,
+        sampling=rollout.Sampling(section.temperature, section.top_k, section.top_p),
     )

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_trainer.data import Document
 from kd_trainer.diagnostics.contexts import prompts_in
-from kd_trainer.diagnostics.exposure import divergences_along, excess_error
+from kd_trainer.diagnostics.exposure import divergences_along, excess_error, oracle_texts
 from kd_trainer.models import CausalLM
 from kd_trainer.rollout import Options, Sampling
 
@@ -88,7 +88,9 @@ def test_swapping_the_contexts_would_be_seen(pair):
 
 def test_errors_along_texts_in_float64(pair):
     generator = torch.Generator().manual_seed(0)
-    documents = [Document(torch.randint(VOCAB, (n,), generator=generator), first) for n, first in ((6, 2), (9, 1), (3, 2))]
+    documents = [
+        Document(torch.randint(VOCAB, (n,), generator=generator), first) for n, first in ((6, 2), (9, 1), (3, 2))
+    ]
     for document, found in zip(documents, divergences_along(*pair, documents, batch_tokens=10)):
         for place, value in zip(range(document.first_target, len(document)), found.tolist(), strict=True):
             p, q = (rows(model, document.tokens[:place].tolist()) for model in pair)
@@ -110,7 +112,11 @@ def test_the_same_call_gives_the_same_numbers_and_the_oracle_is_sampled_as_it_is
     one, again = (excess_error(*pair, PROMPTS, options, seed=5, samples=4) for _ in range(2))
     assert one == again
     greedy = dataclasses.replace(options, sampling=Sampling(temperature=0.0))
+    kept = oracle_texts(pair[0], PROMPTS, greedy, seed=5, samples=4)
     assert excess_error(*pair, PROMPTS, greedy, seed=5, samples=4).expected == one.expected
+    assert excess_error(*pair, PROMPTS, options, seed=5, samples=4, by_teacher=kept) == one
+    with pytest.raises(ValueError, match="by_teacher must be 2 texts of each of the 3 prompts, got 12 of others"):
+        excess_error(*pair, PROMPTS, options, seed=5, samples=2, by_teacher=kept)
     assert "ExAccErr" in one.table() and f"{one.excess:.1f}%" in one.table()
 
 

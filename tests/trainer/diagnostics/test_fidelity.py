@@ -52,7 +52,8 @@ def test_own_prefixes_in_float64(pair):
     gap = (confidence - p.exp().gather(1, first[:, None])[:, 0])
     bins = (confidence * 15).long().clamp(max=14)
     truth = {
-        "forward_kl": float((p.exp() * (p - q)).sum(-1).mean()), "reverse_kl": float((q.exp() * (q - p)).sum(-1).mean()),
+        "forward_kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "reverse_kl": float((q.exp() * (q - p)).sum(-1).mean()),
         "agreement": float((p.argmax(-1) == first).double().mean()),
         "acceptance": float(torch.minimum(p.exp(), q.exp()).sum(-1).mean()), "overlap": sum(shared) / len(shared),
         "perplexity": float((-q.gather(1, words[:, None]).mean()).exp()),
@@ -61,7 +62,9 @@ def test_own_prefixes_in_float64(pair):
     for name, value in truth.items():
         assert own["models"]["s"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert own["models"]["teacher"]["ece"] == pytest.approx(0.0, abs=1e-6)  # a teacher is calibrated to itself
-    assert own["models"]["teacher"]["perplexity"] == pytest.approx(float((-p.gather(1, words[:, None]).mean()).exp()), rel=1e-4)
+    assert own["models"]["teacher"]["perplexity"] == pytest.approx(
+        float((-p.gather(1, words[:, None]).mean()).exp()), rel=1e-4
+    )
     assert own["models"]["s"]["forward_kl"] != pytest.approx(result["text"]["models"]["s"]["forward_kl"], rel=1e-3)
     assert "on the text" in fidelity_table(result) and "where s wrote the context" in fidelity_table(result)
 
@@ -88,7 +91,10 @@ def folders(pair, tiny, tmp_path_factory) -> list[str]:
 
 @pytest.mark.parametrize(("arguments", "printed", "key"), [
     (("fidelity", "--teacher", "--student", "--prompt-tokens", "6", "--top-k", "3"), "wrote the context", "own"),
-    (("exposure", "--teacher", "--student", "--prompt-tokens", "6", "--samples", "2", "--no-stop"), "ExAccErr", "excess"),
+    (
+        ("exposure", "--teacher", "--student", "--prompt-tokens", "6", "--samples", "2", "--no-stop"), "ExAccErr",
+        "excess",
+    ),
     (("flips", "--old", "--new"), "negative flips", "churn"),
     (("bottleneck", "--teacher", "--student", "--contexts", "60"), "KL floor", "floor_at_student_width"),
 ])

@@ -26,7 +26,9 @@ def test_tokens(tiny, text):
     new = load_pretrained(str(tiny))
     with torch.no_grad():
         for parameter in new.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     new = CausalLM(new)
     documents = load_documents(DataConfig(source=str(text), max_length=32, limit=9), load_tokenizer(str(tiny)))
     same = token_flips(old, old, documents)

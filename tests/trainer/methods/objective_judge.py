@@ -1,4 +1,5 @@
-"""What objectives are judged with: a batch of documents over a toy vocabulary, student and teacher as plain fp64 heads."""
+"""What objectives are judged with: a batch of documents over a toy vocabulary, student and teacher as plain fp64
+heads."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from built_method import assert_same_gradients, built, logprobs, noisy, step_loss
 
+from built_method import assert_same_gradients, built, logprobs, noisy, step_loss
 from kd_trainer.data import Document, collate, load_documents
 from kd_trainer.methods.comblm import Weights
 from kd_trainer.models import rows_of
@@ -36,7 +36,9 @@ def test_numbers_that_made_a_text_are_found(truth):
     members = [rows(8000, seed) for seed in range(len(truth))]
     said, entropies = text_of(torch.tensor(truth, dtype=torch.float64).expand(8000, -1), members)
     weights = Weights("scalar", len(truth), VOCAB, 16)
-    torch.testing.assert_close(weights(entropies[:1])[0], torch.full((len(truth),), 1 / len(truth), dtype=torch.float64))
+    torch.testing.assert_close(
+        weights(entropies[:1])[0], torch.full((len(truth),), 1 / len(truth), dtype=torch.float64)
+    )
     weights.fit(said, entropies)
     found = weights(entropies)
     assert torch.equal(found[0], found[-1])
@@ -83,7 +85,9 @@ def models(tiny):
 
 def documents() -> list[Document]:
     generator = torch.Generator().manual_seed(0)
-    return [Document(torch.randint(1, 257, (length,), generator=generator), k) for length, k in ((12, 4), (9, 1), (7, 3))]
+    return [
+        Document(torch.randint(1, 257, (length,), generator=generator), k) for length, k in ((12, 4), (9, 1), (7, 3))
+    ]
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from kd_trainer.methods.base import DatasetTokens, DivergenceObjective
 from kd_trainer.teachers import LiveTeacher
 from kd_trainer.tokens import OffPolicyTokens, ReplayBuffer, Schedule, uniform
 from kd_trainer.trainer import load_parts, train
-from processes import launch_kdk
 from objective_judge import VOCAB, check, toy
+from processes import launch_kdk
 
 SKEWED = {
     "skew_forward_kl(alpha=0.1)": lambda p, q: oracles.skew_forward_kl(p, q, 0.1),
@@ -252,7 +252,7 @@ def test_the_loss_on_held_out_text_raises_the_threshold(config, tmp_path):
     ({"options": {"lm_weight": 0.0}}, "options.lm_weight must be finite and greater than 0, got 0.0"),
     ({"options": {"fresh": "never"}}, "options.fresh must be one of decreasing, constant, increasing, got 'never'"),
     ({"objective": {"divergence": "skew_reverse_kl(alpha=1.0)"}}, r"alpha must be in \(0, 1\), got 1.0"),
-    ({"cache": "c"}, "cache must be absent for method distillm, which scores contexts that no cache holds"),
+    ({"cache": "c"}, "cache must be absent for method distillm, whose teacher must run"),
 ])
 def test_settings_out_of_range(changes, message):
     base = {"out": "o", "student": {"model": "m"}, "teacher": {"model": "t"}, "data": {"source": "d"}}

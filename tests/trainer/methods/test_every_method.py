@@ -1,4 +1,5 @@
-"""Every method by its name: it lowers its own objective, splitting a step changes nothing, and a resumed run is the same run.
+"""Every method by its name: it lowers its own objective, splitting a step changes nothing, and a resumed run is the
+same run.
 
 A method that is registered and has no entry in CASES fails here.
 """
@@ -6,6 +7,7 @@ A method that is registered and has no entry in CASES fails here.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -44,9 +46,10 @@ CASES: dict[str, dict] = {
     "mix_distillation": {"options": {"sources": ["<text>"], "weights": [0.5, 0.5]}},
     "mixce": {},
     "muscle": {"teachers": 2},
-    "pesf_kd": {"teachers": 1, "options": {"dropout": 0.0}},
+    "pesf_kd": {"teachers": 1},
     "profuser": {
-        "teachers": 2, "options": {"first_stage": 0.34, "infer_weight": 0.01}, "rollout": {"prompt_tokens": 8, "max_new_tokens": 6},
+        "teachers": 2, "options": {"first_stage": 0.34, "infer_weight": 0.01},
+        "rollout": {"prompt_tokens": 8, "max_new_tokens": 6},
     },
     "rac": {"options": {"round_steps": 3, "template": " so:"}, "rollout": {"prompt_tokens": 8, "max_new_tokens": 6}},
     "sel": {"teachers": 1, "options": {"labels": "text"}},
@@ -59,6 +62,10 @@ CASES: dict[str, dict] = {
 }
 """By name: how many live teachers a method has here, or whether it has a cache of one, and what it is told beside its
 defaults; <text> stands for the text file."""
+
+
+WITHOUT_DROPOUT = {"pesf_kd": {"options": {"dropout": 0.0}}}
+"""By name: what is said beside where a step is split, which changes what is dropped."""
 
 
 LOWERED = {"tgeo_kd": "held_out_loss"}
@@ -86,8 +93,8 @@ def cache(teachers, text, tmp_path_factory: pytest.TempPathFactory) -> str:
 def method_config(make_config, teachers, cache, text):
     """A run of a method on a dozen short texts, all of them in every step."""
 
-    def make(name: str, out: Path, **train_changes):
-        case = json.loads(json.dumps(CASES[name]).replace("<text>", str(text)))
+    def make(name: str, out: Path, changes: Mapping[str, dict] = {}, **train_changes):
+        case = json.loads(json.dumps(CASES[name] | changes).replace("<text>", str(text)))
         count = case.pop("teachers", 0)
         if case.pop("cached", False):
             case["cache"] = cache
@@ -129,8 +136,9 @@ def test_a_run_lowers_its_objective_and_resumes_exactly(name, method_config, tmp
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_micro_batches_change_nothing(name, method_config, tmp_path):
-    train(method_config(name, tmp_path / "one", steps=2))
-    train(method_config(name, tmp_path / "three", steps=2, accumulation=3))
+    changes = WITHOUT_DROPOUT.get(name, {})
+    train(method_config(name, tmp_path / "one", changes, steps=2))
+    train(method_config(name, tmp_path / "three", changes, steps=2, accumulation=3))
     for whole, split in zip(metrics(tmp_path / "one"), metrics(tmp_path / "three"), strict=True):
         assert whole.keys() == split.keys()
         for key, value in whole.items():

@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
-from kd_kernels import SparseTargets, topk_targets
+from kd_kernels import SparseTargets, divergences, topk_targets
 from kd_trainer.data import Document
 from kd_trainer.methods.base import DivergenceObjective
 from kd_trainer.methods.first import TEMPERATURES, best_temperature, heads, smoothed, tempered
-from kd_kernels import divergences
 from objective_judge import check, toy
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,11 +11,14 @@ from torch.nn import functional
 
 from kd_trainer.caching.build import build_cache
 from kd_trainer.caching.options import CacheOptions
+from kd_trainer.cli import main
 from kd_trainer.config import Config, DataConfig, from_tree
 from kd_trainer.data import Document, collate
+from kd_trainer.diagnostics.accepted import accepted_length, kept_drafts, load_fusion
 from kd_trainer.drafting import sees
 from kd_trainer.methods.griffin import Draft, Options
 from kd_trainer.models import CausalLM, cut_layers, load_pretrained
+from kd_trainer.rollout import Options as Written
 from kd_trainer.trainer import train
 
 DOCUMENTS = [
@@ -149,15 +154,85 @@ def griffin(make_config, tiny, **changes) -> Config:
     return make_config(method="griffin", **settings)
 
 
-def test_a_run_keeps_the_targets_head_and_saves_the_fusion(make_config, tiny):
+def test_a_run_keeps_the_targets_head_and_saves_the_fusion(make_config, tiny, text, tmp_path, capsys):
     model = train(griffin(make_config, tiny, options={"align_k": 50}))
     saved, target = load_file(model / "model.safetensors"), load_pretrained(str(tiny))
     assert torch.equal(saved["model.embed_tokens.weight"], target.model.embed_tokens.weight)
     assert not torch.equal(saved["model.layers.0.mlp.up_proj.weight"], target.model.layers[3].mlp.up_proj.weight)
+    told = tmp_path / "accepted.json"
+    asked = f"--prompt-tokens 6 --max-new-tokens 5 --gamma 2 --data {text} --limit 4 --json {told}".split()
+    assert main(["diagnose", "accepted", "--target", str(tiny), "--draft", str(model), *asked]) == 0
+    assert "accepted length" in capsys.readouterr().out and 1.0 <= json.loads(told.read_text())["length"] <= 3.0
     fusion = load_file(model / "objectives.safetensors")
+    assert torch.equal(load_fusion(model).weight, fusion["main.fuse.weight"]) and load_fusion(tiny) is None
     assert {name: list(tensor.shape) for name, tensor in fusion.items()} == {
         "main.fuse.weight": [64, 128], "main.fuse.bias": [64],
     }
+
+
+# ------------------------------------------------------------------------------------------------- accepted length
+
+
+@torch.no_grad()
+def decoded(pair, fuse, prompt: list[int], new: int, gamma: int, vocab: int) -> list[int]:
+    """Drafts that were kept in each round of speculative decoding, done as such: draft, verify, add a token."""
+    target, student = (model.model for model in pair)
+    says = lambda hidden: int((hidden @ target.lm_head.weight.T)[:vocab].argmax())  # noqa: E731
+    states = lambda model, **inputs: model.model(**inputs, use_cache=False).last_hidden_state[0]  # noqa: E731
+    text, kept = list(prompt), []
+    while len(text) < len(prompt) + new:
+        features = list(states(target, input_ids=torch.tensor([text]))[:-1])  # the last token has not been verified
+        draft = list(text)
+        for _ in range(gamma):
+            embedded = student.model.embed_tokens(torch.tensor(draft))
+            if fuse is not None:
+                embedded = fuse(torch.cat([embedded, torch.stack([torch.zeros_like(embedded[0]), *features])], -1))
+            hidden = states(student, inputs_embeds=embedded[None])[-1]
+            features.append(hidden)
+            draft.append(says(hidden))
+        verified = [says(hidden) for hidden in states(target, input_ids=torch.tensor([draft]))[len(text) - 1 :]]
+        drafts, count = draft[len(text) :], 0
+        while count < min(gamma, len(prompt) + new - len(text)) and drafts[count] == verified[count]:
+            count += 1
+        text += verified[: count + 1]
+        kept.append(count)
+    return kept
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_accepted_length_is_that_of_speculative_decoding(pair, fused):
+    """Over four tokens, of which a draft that has learnt nothing is right now and then."""
+    vocab, gamma, new = 4, 3, 9
+    models = [CausalLM(model.model, vocab=vocab) for model in pair]
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(vocab, (length,), generator=generator) for length in (3, 5, 4, 6)]
+    fuse = draft_of(pair)[0].fuse if fused else None
+    documents = [Document(torch.cat([prompt, prompt[:1]]), len(prompt)) for prompt in prompts]
+    found = accepted_length(*models, documents, Written(max_new_tokens=new), gamma=gamma, fusion=fuse, batch_tokens=30)
+    kept = [count for prompt in prompts for count in decoded(pair, fuse, prompt.tolist(), new, gamma, vocab)]
+    assert (found.rounds, found.tokens, found.texts) == (len(kept), 4 * new, 4)
+    assert found.length == 4 * new / len(kept) and max(kept) >= 2 and 0 in kept
+    assert found.kept[0] == pytest.approx(sum(count > 0 for count in kept) / len(kept), abs=0.1)  # but for texts' ends
+    if not fused:
+        itself = accepted_length(models[0], models[0], documents, Written(max_new_tokens=8), gamma=3)
+        assert itself.kept == (1.0, 1.0, 1.0)
+
+
+def test_rounds_by_hand():
+    first, second = [True, False, True, True, True, False], [False, True, False, False, True, True]
+    # keeps 0 and misses 1; keeps 2 and misses 3; keeps 4 and, as a second draft, 5, where the text ends
+    assert kept_drafts([first, second]) == [(0, 2), (3, 2)]
+    assert kept_drafts([first]) == [(0, 1), (2, 1), (4, 1)]
+    assert kept_drafts([[False, False]]) == [(0, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"gamma": 0}, "accepted_length: gamma must be at least 1, got 0"),
+    ({"documents": []}, "accepted_length: documents must be at least one, got none"),
+])
+def test_what_no_accepted_length_can_be_had_of(pair, change, message):
+    with pytest.raises(ValueError, match=message):
+        accepted_length(*pair, change.pop("documents", DOCUMENTS), Written(max_new_tokens=2), **change)
 
 
 def test_a_student_with_another_head(make_config, tiny, tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from built_method import assert_same_gradients, built, logprobs, noisy, step_loss
 
+from built_method import assert_same_gradients, built, logprobs, noisy, step_loss
 from kd_trainer.data import Document
 from kd_trainer.rollout import choose_places, score, step_seed
 from kd_trainer.tiny import byte_tokenizer
@@ -118,7 +118,9 @@ def test_reverse_kl_on_what_was_rewritten_and_likelihood_of_the_text(kid, models
     method = kid(mle=mle, rewrite=rewrites, fraction=0.3, objective={"ce_weight": weight})
     new = method.tokens.produce(texts, 2)
     assert len(new) == len(texts) * (2 if mle == "text" and weight else 1)
-    assert_same_gradients(step_loss(method, models[0], new), expected_loss(models, texts, new[:3], mle, weight), models[0])
+    assert_same_gradients(
+        step_loss(method, models[0], new), expected_loss(models, texts, new[:3], mle, weight), models[0]
+    )
 
 
 def test_the_readings_of_the_likelihood_term_differ(kid, models):
@@ -198,7 +200,10 @@ def test_what_is_hidden_is_predicted_all_the_same(masked_thought, models):
     ("kid", {"mle": "both"}, "options.mle must be one of rewritten, text, got 'both'"),
     ("kid", {"mask": "<mask>"}, "options.mask must be a token of the vocabulary, got '<mask>'; name one"),
     ("kid", {"mask": None}, "options.mask must be a token of the vocabulary, got None; .* no BOS token"),
-    ("kid", {"fraction": 0.04}, "options.fraction must be large enough to mask a token of the longest text, of 9, got 0.04"),
+    (
+        "kid", {"fraction": 0.04},
+        "options.fraction must be large enough to mask a token of the longest text, of 9, got 0.04",
+    ),
     ("masked_thought", {"fraction": 1.5}, "options.fraction must be above 0, up to 1, got 1.5"),
     ("masked_thought", {"warmup": 2.0}, r"options.warmup must be a fraction in \[0, 1\], got 2.0"),
 ])
@@ -210,13 +215,15 @@ def test_settings_out_of_range(make_config, models, tiny, method, options, messa
 
 
 def test_kid_wants_a_teacher_that_runs_and_something_to_learn_from_it(make_config, models, tiny):
-    with pytest.raises(ValueError, match="cache must be absent for method kid, which scores contexts that no cache holds"):
+    with pytest.raises(ValueError, match="cache must be absent for method kid, whose teacher must run"):
         make_config(method="kid", teacher={"model": str(tiny)}, cache="somewhere")
     with pytest.raises(ValueError, match="teacher.model must be given for method kid"):
         make_config(method="kid")
     config = make_config(
         method="kid", teacher={"model": str(tiny)}, objective={"kd_weight": 0.0}, options={"mask": "<end>"}
     )
-    with pytest.raises(ValueError, match="objective.kd_weight must be above 0 for method kid, got 0.0; method: masked_thought"):
+    with pytest.raises(
+        ValueError, match="objective.kd_weight must be above 0 for method kid, got 0.0; method: masked_thought"
+    ):
         built(config, models[0], documents(), models[1:])
     assert byte_tokenizer().bos_token is None  # what the refusal of mask: None above rests on

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from built_method import built
 from kd_trainer.config import Config, from_tree
 from kd_trainer.data import Document
 from kd_trainer.methods.dco import DirectCoverage, coverage
@@ -60,7 +62,10 @@ def test_dco(samples, normalized):
         return lengths, [part.sum() for part in logq.gather(1, y[:, None])[:, 0].split(lengths)]
 
     def value(case):
-        return sum(-torch.log(1 - (1 - s.exp()) ** samples) if s > -25 else -s - math.log(samples) for s in per_document(case)[1])
+        return sum(
+            -torch.log(1 - (1 - s.exp()) ** samples) if s > -25 else -s - math.log(samples)
+            for s in per_document(case)[1]
+        )
 
     def surrogate(case):
         total = 0.0
@@ -110,6 +115,12 @@ def test_idk(ceiling, power):
 
     check(IDontKnow(token, ceiling, power), case, loss)
     assert {int(logq.argmax()) == int(y) for logq, y in zip(*rows(case))} == {True, False}  # either branch was taken
+
+
+def test_a_token_that_is_not_there(make_config):
+    message = r"options.token must be a token of the vocabulary, got '\[IDK\]'; name one that texts never use, or add"
+    with pytest.raises(ValueError, match=message):
+        built(make_config(method="idk"), SimpleNamespace(vocab=257), [Document(torch.arange(5))])
 
 
 @pytest.mark.parametrize(("method", "options", "message"), [

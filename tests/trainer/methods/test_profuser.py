@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from built_method import assert_same_gradients, built, logprobs, noisy, step_loss
 
+from built_method import assert_same_gradients, built, logprobs, noisy, step_loss
 from kd_trainer.data import Document, collate
 from kd_trainer.methods.profuser import Options
 from kd_trainer.rollout import Options as Written
@@ -30,7 +30,9 @@ def texts(models) -> list[Document]:
         tokens = torch.randint(1, 257, (9 + i,), generator=generator)
         with torch.no_grad():
             for place in range(4, len(tokens)):
-                tokens[place] = models[1 + i % 2].model(tokens[None, :place], use_cache=False).logits[0, -1, 1:].argmax() + 1
+                tokens[place] = models[1 + i % 2].model(
+                    tokens[None, :place], use_cache=False
+                ).logits[0, -1, 1:].argmax() + 1
         found.append(Document(tokens, 4))
     return found
 
@@ -121,7 +123,8 @@ def test_the_loss_of_both_kinds_of_lesson(profuser, models, texts, step, weights
             with torch.no_grad():
                 p = logprobs(models[1 + source], text.tokens)[text.counted]
             a, b = (p, q) if divergence == "forward_kl" else (q, p)
-            total = total + 0.7 * (a.exp() * (a - b)).sum() - likelihood(models[0], text).sum()
+            labels = text.tokens[1:][text.counted]
+            total = total + 0.7 * (a.exp() * (a - b)).sum() - q.gather(1, labels[:, None]).sum()
             count += len(q)
         expected = expected + weight * total / count
     assert_same_gradients(step_loss(method, models[0], produced), expected, models[0])
@@ -138,7 +141,9 @@ def test_sources_write_and_are_chosen_once_and_one_of_them_reads(profuser, model
         for i, model in enumerate(models[1:])
     ]
     again = method.tokens.produce(texts[::-1], 7)
-    assert seen == [] and {tuple(text.tokens.tolist()) for text in again} == {tuple(t.tokens.tolist()) for t in produced}
+    assert seen == [] and {tuple(text.tokens.tolist()) for text in again} == {
+        tuple(t.tokens.tolist()) for t in produced
+    }
     group = [text for text in produced if text.tag == "text"]
     method.teacher.targets(collate(group, 64))
     assert sorted(i for i, _ in seen) == [0, 1]

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from built_method import assert_same_gradients, built, logprobs, noisy, step_loss
-from processes import launch_kdk
 
+from built_method import assert_same_gradients, built, logprobs, noisy, step_loss
 from kd_trainer.config import to_yaml
 from kd_trainer.data import Document
 from kd_trainer.methods.bash import Mixer, Options
@@ -17,6 +16,7 @@ from kd_trainer.rollout import Options as Written
 from kd_trainer.rollout import generate, mix, step_seed
 from kd_trainer.tiny import byte_tokenizer
 from kd_trainer.trainer import train
+from processes import launch_kdk
 
 END = 0  # <end>, of the byte tokenizer
 
@@ -181,7 +181,9 @@ def test_a_correction_is_prompt_answer_template_and_reference(method, student):
         prompt = int(text.counted.nonzero()[0]) + 1
         options = Written(max_new_tokens=7, stop_ids=(END,))
         seed = step_seed(0, 0, "student's text")
-        answer = generate(student, [text.tokens[:prompt]], options, seed=seed, keys=keys([text])).completions[0].tolist()
+        answer = generate(
+            student, [text.tokens[:prompt]], options, seed=seed, keys=keys([text])
+        ).completions[0].tolist()
         answer = answer[:-1] if answer[-1] == END else answer
         expected = text.tokens[:prompt].tolist() + answer + template + text.tokens[prompt:].tolist()
         assert new.tokens.tolist() == expected
@@ -204,7 +206,8 @@ def test_an_end_of_sequence_does_not_stay_in_the_answer(method):
     source = method("rac", texts, share=1.0, template=TEMPLATE, rollout={"temperature": 50.0}).tokens
     made = source._make(texts, 0)
     assert all(END not in new.tokens.tolist() for new in made)
-    assert any(len(new) < len(text) + 4 + 7 for new, text in zip(made, texts))  # an answer that had ended, of some eight
+    # An answer that had ended, of some eight.
+    assert any(len(new) < len(text) + 4 + 7 for new, text in zip(made, texts))
 
 
 def test_the_share_of_corrections_in_frequency(method):
@@ -227,10 +230,19 @@ def test_the_share_of_corrections_in_frequency(method):
     ("bash", {"round_steps": 0}, "options.round_steps must be at least 1, got 0"),
     ("rac", {"share": 0.0}, "options.share must be above 0, up to 1, got 0.0"),
     ("rac", {"round_steps": 0}, "options.round_steps must be at least 1, got 0"),
-    ("rac", {"data": {"max_length": 17}}, "data.max_length must be above 61, the tokens of the shortest text and the template, "
-                                          "got 17; an answer of the student must fit as well"),
-    ("rac", {"texts": [Document(torch.arange(1, 9))]}, "rollout.prompt_tokens must be given for texts without a prompt"),
-    ("bash", {"texts": [Document(torch.arange(1, 9), layout=(4, 4))]}, "texts for method bash must be of one segment each, got packed"),
+    (
+        "rac", {"data": {"max_length": 17}},
+        "data.max_length must be above 61, the tokens of the shortest text and the template, "
+        "got 17; an answer of the student must fit as well",
+    ),
+    (
+        "rac", {"texts": [Document(torch.arange(1, 9))]},
+        "rollout.prompt_tokens must be given for texts without a prompt"
+    ),
+    (
+        "bash", {"texts": [Document(torch.arange(1, 9), layout=(4, 4))]},
+        "texts for method bash must be of one segment each, got packed"
+    ),
 ])
 def test_what_does_not_fit_is_refused(method, name, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -64,16 +64,27 @@ def terms(student, documents: list[Document], alpha: float, gamma: float) -> tup
     return phi, difference, rows
 
 
-@pytest.mark.parametrize(("alpha", "gamma"), [(1.0, 0.99), (0.3, 0.5), (7.0, 0.0)])
+def next_token_loss(student, documents: list[Document]) -> torch.Tensor:
+    """Sum over the rows that count."""
+    total = torch.zeros((), dtype=torch.float64)
+    for text in documents:
+        actions = text.tokens.tolist()
+        for row in text.counted.nonzero()[:, 0].tolist():
+            total = total - state(student, actions[: row + 1], text.first_target).log_softmax(0)[actions[row + 1]]
+    return total
+
+
+@pytest.mark.parametrize(("alpha", "gamma", "share"), [(1.0, 0.99, 0.0), (0.3, 0.5, 0.4), (7.0, 0.0, 0.0)])
 @pytest.mark.parametrize("of_text", [True, False])
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_two_expectations(student, alpha, gamma, of_text, packing):
-    objective = SequenceMatch(of_text, Options(alpha=alpha, gamma=gamma), BACK, END)
+def test_the_two_expectations(student, alpha, gamma, share, of_text, packing):
+    objective = SequenceMatch(of_text, Options(alpha=alpha, gamma=gamma, likelihood=share), BACK, END)
     batch = collate(DOCUMENTS, 32, packing)
     result = objective(student, None, batch, 5.0)
     phi, difference, rows = terms(student, DOCUMENTS, alpha, gamma)
     assert rows == sum(map(objective.count, DOCUMENTS))
-    expected = (0.5 * difference - phi if of_text else 0.5 * difference) / 5.0
+    expected = 0.5 * difference - phi if of_text else 0.5 * difference
+    expected = ((1.0 - share) * expected + (share * next_token_loss(student, DOCUMENTS) if of_text else 0.0)) / 5.0
     torch.testing.assert_close(result.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-11)
     parameters = list(student.model.parameters())
     gradients = torch.autograd.grad(result.loss, parameters)
@@ -89,13 +100,7 @@ def test_without_discount_and_regulariser_on_the_same_texts_it_is_the_likelihood
     batch = collate(texts, 32)
     halves = [SequenceMatch(of_text, Options(alpha=1e12, gamma=0.0), BACK, END) for of_text in (True, False)]
     loss = sum(half(student, None, batch, 1.0).loss for half in halves)
-    likelihood = 0.0
-    for text in texts:
-        actions = text.tokens.tolist()
-        for row in text.counted.nonzero()[:, 0].tolist():
-            logq = state(student, actions[: row + 1], text.first_target).log_softmax(0)
-            likelihood = likelihood - logq[actions[row + 1]]
-    torch.testing.assert_close(loss.detach(), likelihood.detach(), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(loss.detach(), next_token_loss(student, texts).detach(), rtol=1e-7, atol=1e-9)
 
 
 def test_occupancy_weights_would_make_the_written_texts_irrelevant(student):
@@ -135,7 +140,7 @@ def test_texts_with_mistakes_and_replayed_ones(method):
     texts = tokens.step(0)
     first = tokens.produce(texts, 0)
     assert [d.tag for d in first] == ["text"] * len(texts) + ["written"] * len(texts)
-    for text, written in zip(texts, first[len(texts):]):
+    for written in first[len(texts):]:
         assert written.first_target == 5
         assert sum(torch.equal(written.tokens[:5], other.tokens[:5]) for other in texts) == 1
     assert any(bool((d.tokens == BACK).any()) for d in first[: len(texts)])
@@ -156,10 +161,11 @@ def test_the_buffer_goes_with_a_checkpoint(method):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"backspace": "<gone>"}, "options.backspace must be a token of the vocabulary, got '<gone>'; add it to the token"),
+    ({"backspace": "<gone>"}, "options.backspace must be a token of the vocabulary, got '<gone>'; name one that texts"),
     ({"alpha": 0.0}, "options.alpha must be finite and greater than 0, got 0.0"),
     ({"gamma": 1.0}, r"options.gamma must be in \[0, 1\), got 1.0"),
     ({"mistakes": -0.1}, r"options.mistakes must be in \[0, 1\), got -0.1"),
+    ({"likelihood": 1.0}, r"options.likelihood must be in \[0, 1\), got 1.0"),
     ({"refresh": 0}, "options.refresh must be at least 1, got 0"),
     ({"buffer": 0}, "options.buffer must be at least 1, got 0"),
 ])

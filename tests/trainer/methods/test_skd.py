@@ -51,9 +51,9 @@ def test_a_step_is_the_interleaved_roll_out_of_its_prompts(models):
     method, student, teacher = skd(models, k=40), *models
     produced = method.tokens.produce(documents(), 3)
     expected = rollout.interleave(
-        student, teacher, [document.tokens[:4] for document in documents()], method.tokens.rollout,
+        student, teacher, [document.tokens[:4] for document in documents()], method.tokens.writer.options,
         teacher_sampling=rollout.Sampling(0.2, top_p=0.5), k=40, gamma=5,
-        seed=rollout.step_seed(method.tokens.seed, 3, "skd"), keys=torch.tensor([d.key for d in documents()]),
+        seed=rollout.step_seed(0, 3, "skd"), keys=torch.tensor([d.key for d in documents()]),
     )
     assert 0 < expected.acceptance < 1
     for ours, theirs in zip(produced, expected.documents(), strict=True):
@@ -81,9 +81,9 @@ def test_the_loss_is_the_mean_over_every_token_that_was_written(models):
 
 def test_a_k_of_the_vocabulary_is_on_policy_and_of_0_the_teachers_own(models):
     student, teacher = models
-    options = skd(models).tokens.rollout
+    options = skd(models).tokens.writer.options
     prompts = [document.tokens[:4] for document in documents()]
-    seed = rollout.step_seed(skd(models).tokens.seed, 0, "skd")
+    seed = rollout.step_seed(0, 0, "skd")
     where = dict(seed=seed, keys=torch.tensor([d.key for d in documents()]))
     everything = skd(models, k=student.vocab)
     on_policy = rollout.generate(student, prompts, options, **where)

@@ -1,4 +1,5 @@
-"""TGeo-KD: the gradient of held-out loss through a step, against second derivatives by autograd; and what it learns to prefer."""
+"""TGeo-KD: the gradient of held-out loss through a step, against second derivatives by autograd; and what it learns to
+prefer."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ import math
 
 import pytest
 import torch
-from built_method import built, noisy, step_loss
 from torch.func import functional_call
 
+from built_method import built, noisy, step_loss
 from kd_kernels import topk_targets
 from kd_trainer.data import Document, collate
 from kd_trainer.models import rows_of
@@ -43,7 +44,9 @@ def tgeo(models, make_config, tiny):
         with torch.no_grad():  # not the half-and-half of the beginning
             for parameter in objective.network.parameters():
                 parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-            objective.labels_seen.copy_(torch.rand(2, 257, generator=generator, dtype=torch.float64).mul(3).sort(0, True).values)
+            objective.labels_seen.copy_(
+                torch.rand(2, 257, generator=generator, dtype=torch.float64).mul(3).sort(0, True).values
+            )
         return method
 
     return make
@@ -67,7 +70,9 @@ def rows_by_hand(student, teacher, weights, texts, labels_seen):
     pulls, labels, features = [], [], []
     for text in texts:
         keep, y = text.counted, text.tokens[1:, None]
-        z = functional_call(student.model, weights, (), {"input_ids": text.tokens[None], "use_cache": False}).logits[0, :-1]
+        z = functional_call(
+            student.model, weights, (), {"input_ids": text.tokens[None], "use_cache": False}
+        ).logits[0, :-1]
         with torch.no_grad():
             t = teacher.model(input_ids=text.tokens[None], use_cache=False).logits[0, :-1]
         q, p = (z / TEMPERATURE).log_softmax(-1), (t / TEMPERATURE).log_softmax(-1)
@@ -77,8 +82,8 @@ def rows_by_hand(student, teacher, weights, texts, labels_seen):
         mean = (labels_seen[1][y[:, 0]] + 0.5) / (labels_seen[0][y[:, 0]] + 1)
         entropy = lambda x: -(x.exp() * x).sum(-1) / math.log(257)  # noqa: E731
         columns = [
-            py, qy, mean, (mean - qy) ** 2, (1 - qy) ** 2, (py - qy) ** 2, (1 - py) ** 2, (1 - mean) ** 2, torch.log1p(kl),
-            entropy(p), entropy(q), (p.argmax(-1) == q.argmax(-1)).double(),
+            py, qy, mean, (mean - qy) ** 2, (1 - qy) ** 2, (py - qy) ** 2, (1 - py) ** 2, (1 - mean) ** 2,
+            torch.log1p(kl), entropy(p), entropy(q), (p.argmax(-1) == q.argmax(-1)).double(),
         ]
         pulls.append(TEMPERATURE**2 * kl[keep])
         labels.append(label[keep])
@@ -112,7 +117,7 @@ def test_the_network_gets_the_gradient_of_held_out_loss_after_a_step(tgeo, model
 
     # And the student that of the loss, shares fixed. Features go by statistics, which are fp32.
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-9)
-    for (name, parameter), wanted in zip(student.model.named_parameters(), gradient):
+    for parameter, wanted in zip(student.model.parameters(), gradient):
         torch.testing.assert_close(parameter.grad, wanted.detach(), rtol=1e-5, atol=1e-7)
 
 
@@ -127,7 +132,8 @@ def test_without_a_look_ahead_the_network_would_not_learn(tgeo, models):
 
 @pytest.mark.parametrize("reliable", ["teacher", "labels"])
 def test_shares_move_to_whom_held_out_text_bears_out(tgeo, models, monkeypatch, reliable):
-    """The text is by one model. Training has that model as teacher and wrong labels, or another teacher and right ones."""
+    """The text is by one model. Training has that model as teacher and wrong labels, or another teacher and right
+    ones."""
     writer = models[1]
     generator = torch.Generator().manual_seed(8)
 
@@ -235,5 +241,7 @@ def test_settings_that_do_not_fit(tgeo, changes, message):
 
 def test_a_student_in_half_precision_is_refused(tgeo, models):
     models[0].bfloat16()
-    with pytest.raises(ValueError, match="student.dtype must be float32 for method tgeo_kd, which takes differences, got"):
+    with pytest.raises(
+        ValueError, match="student.dtype must be float32 for method tgeo_kd, which takes differences, got"
+    ):
         tgeo()
