@@ -10,7 +10,7 @@ these products in the inputs' dtype, as `torch.mm` gives them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,11 +18,16 @@ from torch import Tensor
 from bench import truth
 from bench.inputs import Inputs, Shape
 from bench.truth import Verdict
-from kd_kernels import LinearLogits, SparseTargets, kd_loss, token_stats, topk_targets
+from kd_kernels import (
+    EnsembleLogits, LinearLogits, SparseTargets, accept_or_resample, kd_loss, sample, sampled_targets, token_stats,
+    topk_targets,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
 """By device; the first is the one that the library picks there."""
+UNBUILT_ON_CUDA = BACKENDS | {"cuda": ("reference",)}
+"""Of verbs that run in torch operations there."""
 
 Result = dict[str, Tensor]
 """What a call gives back, by name: ``loss``, and the gradients ``student_hidden`` and ``student_weight``."""
@@ -91,7 +96,8 @@ class BareProducts:
 
 
 def _loss_call(
-    inputs: Inputs, teacher: LinearLogits | SparseTargets | None, mode: str, *divergence: str, **options: object
+    inputs: Inputs, teacher: LinearLogits | EnsembleLogits | SparseTargets | None, mode: str, *divergence: str,
+    **options: object,
 ) -> Call:
     """``kd_loss`` in one of :data:`LOSS_MODES`; what is not timed has run when this returns."""
     student = LinearLogits(inputs.student_hidden, inputs.student_weight)
@@ -122,6 +128,15 @@ def dense(inputs: Inputs, mode: str = "gradient", divergence: str = "jsd(beta=0.
 def sparse(inputs: Inputs, mode: str = "gradient", divergence: str = "forward_kl", **options: object) -> Call:
     """``kd_loss`` against the teacher's k most likely ids and one event for the rest."""
     return _loss_call(inputs, inputs.targets, mode, divergence, **options)
+
+
+def ensemble(inputs: Inputs, mode: str = "gradient", divergence: str = "forward_kl", **options: object) -> Call:
+    """``kd_loss`` against the mean probability of two teachers: the teacher's head, and the student's as it is."""
+    members = (
+        LinearLogits(inputs.teacher_hidden, inputs.teacher_weight),
+        LinearLogits(inputs.student_hidden.detach(), inputs.student_weight.detach()),
+    )
+    return _loss_call(inputs, EnsembleLogits(members, (0.5, 0.5), "prob"), mode, divergence, **options)
 
 
 def cross_entropy(inputs: Inputs, mode: str = "gradient", **options: object) -> Call:
@@ -158,6 +173,43 @@ def stats(inputs: Inputs, mode: str = "stats", **options: object) -> Call:
     return differentiated if mode == "gradient" else alone
 
 
+def draw(inputs: Inputs, mode: str = "draws", **options: object) -> Call:
+    """``sample`` from the teacher's head."""
+    head = LinearLogits(inputs.teacher_hidden, inputs.teacher_weight)
+
+    def call() -> Result:
+        drawn = sample(head, seed=1, **options)
+        return {"ids": drawn.ids, "logprobs": drawn.logprobs}
+
+    return call
+
+
+def draw_targets(inputs: Inputs, mode: str = "targets", **options: object) -> Call:
+    """``sampled_targets`` of the teacher's head, k draws a row."""
+    head = LinearLogits(inputs.teacher_hidden, inputs.teacher_weight)
+
+    def call() -> Result:
+        targets = sampled_targets(head, inputs.shape.kept, seed=1, **options)
+        return {name: getattr(targets, name) for name in ("offsets", "ids", "logprobs", "importance")}
+
+    return call
+
+
+ACCEPTED_RANKS = 25
+"""Of ``accept_or_resample``: the paper's."""
+
+
+def accept(inputs: Inputs, mode: str = "draws", **options: object) -> Call:
+    """``accept_or_resample`` of the labels by the teacher's head. Refused rows take part in a second product."""
+    head = LinearLogits(inputs.teacher_hidden, inputs.teacher_weight)
+
+    def call() -> Result:
+        found = accept_or_resample(inputs.labels, head, k=ACCEPTED_RANKS, seed=1, **options)
+        return {"ids": found.ids, "logprobs": found.model_logprobs, "accepted": found.accepted, "rank": found.rank}
+
+    return call
+
+
 def _judge_stats(inputs: Inputs, result: Result) -> Verdict:
     return truth.judge_stats(inputs, result) if "rank" in result else _judge_cross_entropy(inputs, result)
 
@@ -168,6 +220,14 @@ def _judge_dense(inputs: Inputs, result: Result, divergence: str = "jsd(beta=0.5
 
 def _judge_sparse(inputs: Inputs, result: Result, divergence: str = "forward_kl") -> Verdict:
     return truth.judge_loss(inputs, result, truth.sparse, divergence=divergence)
+
+
+def _judge_ensemble(inputs: Inputs, result: Result, divergence: str = "forward_kl") -> Verdict:
+    return truth.judge_loss(inputs, result, truth.ensemble, divergence=divergence)
+
+
+def _judge_accepted(inputs: Inputs, result: Result) -> Verdict:
+    return truth.judge_draws(inputs, result, ACCEPTED_RANKS)
 
 
 def _judge_cross_entropy(inputs: Inputs, result: Result) -> Verdict:
@@ -202,6 +262,7 @@ class Case:
         shapes: by device, the shape of its pytest-benchmark rows.
         has_entries: sparse targets are read or written.
         row_bytes: what is read or written a row beside hidden states, weights, gradients and entries.
+        backends: by device.
     """
 
     name: str
@@ -211,6 +272,7 @@ class Case:
     shapes: dict[str, Shape]
     has_entries: bool = False
     row_bytes: int = 0
+    backends: dict[str, tuple[str, ...]] = field(default_factory=lambda: BACKENDS)
 
     def flops(self, mode: str, shape: Shape) -> int:
         """``2 N H V`` a product."""
@@ -258,5 +320,23 @@ CASES = {
             row_bytes=40,  # an id, and of what comes out four numbers of 4 bytes and two of 8
         ),
         Case("topk_targets", topk, {"targets": ("teacher_logits",)}, truth.judge_topk, TEACHER_HEAD, True),
+        Case(
+            "kd_loss_ensemble", ensemble, _loss_modes("student_logits", "teacher_logits", "student_logits"),
+            _judge_ensemble, HEADS,
+        ),
+        Case(
+            "sample", draw, {"draws": ("teacher_logits",)}, truth.judge_draws, TEACHER_HEAD,
+            row_bytes=16,  # an id and two log-probabilities
+        ),
+        Case(
+            "sampled_targets", draw_targets, {"targets": ("teacher_logits",)}, truth.judge_sampled_targets,
+            TEACHER_HEAD, row_bytes=8,  # an offset; how many entries of 16 bytes come out is drawn
+            backends=UNBUILT_ON_CUDA,
+        ),
+        Case(
+            "accept_or_resample", accept, {"draws": ("teacher_logits",)}, _judge_accepted, TEACHER_HEAD,
+            row_bytes=33,  # two ids, a rank, two log-probabilities, and whether it was accepted
+            backends=UNBUILT_ON_CUDA,
+        ),
     )
 }

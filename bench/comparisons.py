@@ -119,6 +119,10 @@ def _cpu() -> Plan:
         "rows": Sweep(swept, "rows", (64, 128, 256, 512)),
         "vocab": Sweep(swept, "vocab", (8192, 32768, 131072)),
         "budget": Sweep(swept, "budget_bytes", tuple(n * MIB for n in (4, 8, 16, 32, 64))),
+        "ce_budget": Sweep(
+            Comparison(labels, None, FP32, shape, everyone(labels, "liger_flce")), "budget_bytes",
+            tuple(n * MIB for n in (1, 4, 16, 32, 96)),
+        ),
     }
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import devices, inputs
-from bench.cases import BACKENDS, CASES, DTYPES, Case
+from bench.cases import CASES, DTYPES, Case
 from bench.comparisons import TINY
 from bench.devices import Device
 from bench.inputs import Inputs, Shape
@@ -31,10 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every case in every mode, on the device's backends, in every dtype; and every divergence."""
     if "case" in metafunc.fixturenames:
-        backends = BACKENDS[metafunc.config.getoption("--device")]
+        device = metafunc.config.getoption("--device")
         metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-        metafunc.parametrize("backend", backends)
-        metafunc.parametrize(("case", "mode"), [(case, mode) for case in CASES for mode in CASES[case].products])
+        metafunc.parametrize(("case", "mode", "backend"), [
+            (name, mode, backend)
+            for name, case in CASES.items() for mode in case.products for backend in case.backends[device]
+        ])
     if "divergence" in metafunc.fixturenames:
         metafunc.parametrize("divergence", REGISTRY)
 

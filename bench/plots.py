@@ -30,6 +30,9 @@ NAMED = {  # short names and colours; these are told apart by colour-blind reade
     "trl": ("TRL", GREEN),
     "liger_chunked": ("Liger, chunked", PURPLE),
     "liger_jsd": ("Liger, Triton", SKY),
+    "torch_compile": ("torch.compile", SKY),
+    "torch_linear_cross_entropy": ("torch, in chunks", PURPLE),
+    "cut_cross_entropy": ("cut-cross-entropy", GREEN),
 }
 
 
@@ -159,7 +162,7 @@ def _pareto(record: dict):
     axis.set_xlabel("scratch, MiB")
     axis.set_title("time / bare products", loc="left", fontsize=10)
     _thousands(axis)
-    figure.suptitle(f"{record['divergence']}, {record['dtype']}, {_shape(record)}", fontsize=10)
+    figure.suptitle(f"{record['divergence'] or 'cross-entropy'}, {record['dtype']}, {_shape(record)}", fontsize=10)
     return figure
 
 
@@ -216,6 +219,9 @@ PLOTS = {
     "rows": Plot("Time and scratch against the number of rows, ours and other libraries'", _sweep("rows"), _against),
     "vocab": Plot("Time and scratch against the vocabulary, ours and other libraries'", _sweep("vocab"), _against),
     "budget": Plot("Time against scratch, ours at several budgets", _sweep("budget"), _pareto),
+    "ce_budget": Plot(
+        "Cross-entropy alone: time against scratch, ours at several budgets", _sweep("ce_budget"), _pareto
+    ),
     "roofline": Plot("Operations a second under the device's roofline", _of_roofline, _roofline),
 }
 

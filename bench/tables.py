@@ -158,8 +158,27 @@ def loss(results: dict) -> str:
 
 
 def cross_entropy(results: dict) -> str:
-    """``kd_loss`` of labels alone, beside fused cross-entropies."""
-    return f"Cross-entropy alone (`kd_weight=0`, no teacher), loss and gradients. {_times(results, 'ce')}"
+    """``kd_loss`` of labels alone, beside fused cross-entropies: times, and what each takes beside the gradients."""
+    text = f"Cross-entropy alone (`kd_weight=0`, no teacher), loss and gradients. {_times(results, 'ce')}"
+    budgets = results["comparisons"].get("ce_budget")
+    return text if budgets is None else f"{text}\n\n{_time_and_memory(budgets)}"
+
+
+def _time_and_memory(budgets: dict) -> str:
+    """Of a sweep over the budget: ours at each, the others as they are."""
+    cells = lambda result: [  # noqa: E731
+        f"{result['p50_ms']:.0f}", f"{result['ratio']:.2f}",
+        f"{result['scratch_bytes'] / MIB:,.1f}" if "scratch_bytes" in result else "-",
+    ]
+    first = budgets["points"][0]
+    rows = [
+        [f"**kd-kernels**, `max_scratch_bytes` of {budget / MIB:,.4g} MiB", *cells(point["contenders"]["kd_kernels"])]
+        for budget, point in zip(budgets["values"], budgets["points"])
+    ]
+    others = [name for name in took_part(first) if not name.startswith(("products", "kd_kernels"))]
+    rows += [[label(name, budgets), *cells(first["contenders"][name])] for name in others]
+    about = f"Time against memory in {budgets['dtype']}, {shape_of(budgets)}; scratch is all but the gradients"
+    return f"{about}.\n\n{table(['', 'ms', '/ products', 'scratch, MiB'], rows)}"
 
 
 def topk(results: dict) -> str:

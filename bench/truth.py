@@ -93,6 +93,18 @@ def sparse(inputs: Inputs, divergence: str) -> dict[str, Tensor]:
     return _mean_and_gradients(inputs, lambda logits, rows: sparse_rows(logits, inputs.targets, rows, terms))
 
 
+def ensemble(inputs: Inputs, divergence: str) -> dict[str, Tensor]:
+    """Loss and gradients against the mean probability of the teacher and of the student, which is held fixed there."""
+    teacher_hidden, teacher_weight = (x.double() for x in inputs.tensors[2:])
+    terms = terms_of(divergence)
+
+    def losses_of(student_logits: Tensor, rows: slice) -> Tensor:
+        teacher = (teacher_hidden[rows] @ teacher_weight.t()).softmax(1)
+        return dense_rows(student_logits, ((teacher + student_logits.detach().softmax(1)) / 2).log(), terms)
+
+    return _mean_and_gradients(inputs, losses_of)
+
+
 def cross_entropy(inputs: Inputs) -> dict[str, Tensor]:
     """Loss and gradients against the labels."""
     return _mean_and_gradients(
@@ -159,6 +171,44 @@ def judge_topk(inputs: Inputs, result: dict[str, Tensor]) -> Verdict:
             "logprobs": logprobs[rows] - at_ids, "missed": best - at_ids,
             "tail_logprob": result["tail_logprob"][rows] - tail,
         }
+        worst = {name: gap.abs().nan_to_num(nan=torch.inf).max().item() for name, gap in gaps.items()}
+        errors = {name: max(errors[name], worst[name]) for name in errors}
+    return Verdict(errors)
+
+
+def _teacher_logprobs(inputs: Inputs, rows: slice) -> Tensor:
+    return (inputs.teacher_hidden[rows].double() @ inputs.teacher_weight.double().t()).log_softmax(1)
+
+
+def judge_draws(inputs: Inputs, result: dict[str, Tensor], accepted_ranks: int | None = None) -> Verdict:
+    """Largest error in nats of the log-probability of a drawn id.
+
+    With ``accepted_ranks`` also that of a label's rank, in parts of V, and whether any label was accepted or refused
+    against its rank, or accepted and changed.
+    """
+    errors = {"logprobs": 0.0} if accepted_ranks is None else {"logprobs": 0.0, "rank": 0.0, "accepted": 0.0}
+    for rows in inputs.chunks():
+        true, ids = _teacher_logprobs(inputs, rows), result["ids"][rows]
+        worst = {"logprobs": (result["logprobs"][rows] - true.gather(1, ids[:, None])[:, 0]).abs()}
+        if accepted_ranks is not None:
+            labels, rank, accepted = inputs.labels[rows], result["rank"][rows], result["accepted"][rows]
+            true_rank = (true > true.gather(1, labels[:, None])).sum(1)
+            is_wrong = (accepted != (rank < accepted_ranks)) | (accepted & (ids != labels))
+            worst |= {"rank": (rank - true_rank).abs() / inputs.shape.vocab, "accepted": is_wrong.double()}
+        errors = {n: max(errors[n], gap.double().nan_to_num(nan=torch.inf).max().item()) for n, gap in worst.items()}
+    return Verdict(errors)
+
+
+def judge_sampled_targets(inputs: Inputs, result: dict[str, Tensor]) -> Verdict:
+    """Largest error in nats of an entry's log-probability, and of a row's estimate of ``sum p``, which is always 1."""
+    errors = {"logprobs": 0.0, "mass": 0.0}
+    row_of = torch.repeat_interleave(torch.arange(inputs.shape.rows, device=inputs.device), result["offsets"].diff())
+    for rows in inputs.chunks():
+        here = (row_of >= rows.start) & (row_of < rows.stop)
+        true = _teacher_logprobs(inputs, rows)[row_of[here] - rows.start, result["ids"][here]]
+        mass = torch.zeros(rows.stop - rows.start, dtype=torch.float64, device=inputs.device)
+        mass.index_add_(0, row_of[here] - rows.start, result["importance"][here] * true.exp())
+        gaps = {"logprobs": result["logprobs"][here] - true, "mass": mass - 1.0}
         worst = {name: gap.abs().nan_to_num(nan=torch.inf).max().item() for name, gap in gaps.items()}
         errors = {name: max(errors[name], worst[name]) for name in errors}
     return Verdict(errors)

@@ -70,6 +70,9 @@ class Head(ABC):
         """As autocast wants it."""
         return x if self.autocast is None else x.to(self.autocast)
 
+    def close(self) -> None:
+        """Give the scratch back."""
+
     @abstractmethod
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """``hidden @ weight.T`` into ``out``, ``[C, V]`` in the work dtype; ``hidden`` is :meth:`rounded`."""
@@ -104,10 +107,24 @@ class CpuHead(Head):
         self.tile = max(64, WEIGHT_TILE_BYTES // (width * dtype.itemsize)) if self.widens else PRODUCT_COLUMNS
         self.fixed_bytes = min(self.tile, columns) * width * dtype.itemsize if self.widens else 0
 
+    @functools.cached_property
+    def _widened(self) -> Tensor:
+        """``fixed_bytes`` of memory for all tiles: one that is freed leaves a hole in which the next has no room."""
+        return torch.empty(self.fixed_bytes // self.dtype.itemsize, dtype=self.dtype)
+
+    def close(self) -> None:
+        vars(self).pop("_widened", None)
+
+    def _in_widened(self, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """A matrix in the given dtype, in that memory if there is room for it. Valid until the next one."""
+        room = self._widened.view(dtype)[: source.numel()]
+        return room.view(source.shape).copy_(source) if room.numel() == source.numel() else source.to(dtype)
+
     def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the weight, in the given dtype, that cover its columns."""
+        """Pieces of the weight, in the given dtype, that cover its columns. Each is valid until the next."""
         for piece in pieces(self.columns, self.tile):
-            yield piece, self.rounded(self.weight[piece]).to(dtype)
+            weight = self.weight[piece]
+            yield piece, self._in_widened(self.rounded(weight), dtype) if self.widens else weight
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         if self.precision == "input":
@@ -124,7 +141,10 @@ class CpuHead(Head):
             return torch.mm(gradient, self.weight, out=out) if is_fit else gradient @ self.weight
         total = gradient.new_zeros(gradient.shape[0], self.weight.shape[1], dtype=self.dtype)
         for piece, weight in self._tiles(self.tile_dtype):
-            total += gradient[:, piece] @ weight
+            if self.tile_dtype == self.dtype:
+                product_into(total, gradient[:, piece], weight, adds=True)
+            else:
+                total += gradient[:, piece] @ weight
         return total
 
     def weight_total(self, chunks: int) -> torch.dtype:
@@ -137,7 +157,8 @@ class CpuHead(Head):
         # torch has no product of bf16 with an fp32 sum on a CPU: the tile is widened where a tile of the weight was.
         hidden = hidden.to(self.dtype)
         for piece in pieces(self.columns, max(64, self.fixed_bytes // (gradient.shape[0] * self.dtype.itemsize))):
-            product_into(total[piece], gradient[:, piece].to(self.dtype).t(), hidden, adds=not is_first)
+            widened = self._in_widened(gradient[:, piece], self.dtype)
+            product_into(total[piece], widened.t(), hidden, adds=not is_first)
 
 
 class GpuHead(Head):

@@ -52,6 +52,14 @@ TRITON = ("liger_jsd", "liger_kl", "fla", "liger_flce")
         ("cross_entropy", "gradient", 6 * 20 * 300 * 12, 2 * (20 * 12 + 300 * 12), 20 * 8),
         ("token_stats", "stats", 2 * 20 * 300 * 12, 20 * 12 + 300 * 12, 20 * 40),
         ("topk_targets", "targets", 2 * 20 * 300 * 16, 20 * 16 + 300 * 16, 20 * (8 * 12 + 12)),
+        # One more product of the student's than against one teacher, which reads what was read before.
+        (
+            "kd_loss_ensemble", "gradient", 2 * 20 * 300 * (4 * 12 + 16),
+            2 * (20 * 12 + 300 * 12) + 20 * 16 + 300 * 16, 0,
+        ),
+        ("sample", "draws", 2 * 20 * 300 * 16, 20 * 16 + 300 * 16, 20 * 16),
+        ("sampled_targets", "targets", 2 * 20 * 300 * 16, 20 * 16 + 300 * 16, 20 * 8),
+        ("accept_or_resample", "draws", 2 * 20 * 300 * 16, 20 * 16 + 300 * 16, 20 * 33),
     ],
 )
 def test_formulas_of_flops_and_bytes(case: str, mode: str, flops: int, elements: int, others: int) -> None:
@@ -111,7 +119,7 @@ def test_only_so_many_rows_are_judged() -> None:
         CASES["cross_entropy"].verify(made, result)
 
 
-@pytest.mark.parametrize("case", ("kd_loss_dense", "kd_loss_sparse", "cross_entropy"))
+@pytest.mark.parametrize("case", ("kd_loss_dense", "kd_loss_sparse", "kd_loss_ensemble", "cross_entropy"))
 def test_wrong_gradients_are_not_timed(case: str) -> None:
     made = inputs.build(TINY, torch.float32)
     result = CASES[case].prepare(made)()
@@ -155,6 +163,26 @@ def test_wrong_stats_are_not_timed() -> None:
     case.verify(made, gradient)
     with pytest.raises(WrongResult, match="student_weight"):
         case.verify(made, gradient | {"student_weight": 1.001 * gradient["student_weight"]})
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("sample", {"logprobs": lambda x: x + 1e-3, "ids": lambda x: (x + 1) % TINY.vocab}),
+        ("sampled_targets", {"logprobs": lambda x: x * math.nan, "importance": lambda x: 1.001 * x}),
+        (
+            "accept_or_resample",
+            {"rank": lambda x: x + 1, "accepted": lambda x: ~x, "ids": lambda x: (x + 1) % TINY.vocab},
+        ),
+    ],
+)
+def test_wrong_draws_are_not_timed(case: str, changes: dict) -> None:
+    made = inputs.build(TINY, torch.float32)
+    result = CASES[case].prepare(made)()
+    CASES[case].verify(made, result)
+    for name, change in changes.items():
+        with pytest.raises(WrongResult, match="not timed"):
+            CASES[case].verify(made, result | {name: change(result[name])})
 
 
 # ---------------------------------------------------------------------------------------------------------- contenders
@@ -225,7 +253,8 @@ def test_every_contender_and_case_is_compared_somewhere() -> None:
             base = made.base if isinstance(made, Sweep) else made
             taking_part |= {(base.case, name) for name in base.contenders}
     assert taking_part == {(case, name) for case, names in CONTENDERS.items() for name in names}
-    assert set(CONTENDERS) == set(CASES)
+    # Whose peers bench.sampling has, and an ensemble of heads has none.
+    assert set(CASES) - set(CONTENDERS) == {"kd_loss_ensemble", "sample", "sampled_targets", "accept_or_resample"}
 
 
 # -------------------------------------------------------------------------------------------------------------- timing

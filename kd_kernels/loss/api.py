@@ -98,8 +98,9 @@ def kd_loss(
         group: vocabulary-parallel heads; not in this version.
         logits_dtype: None for fp32-grade logits. "input" rounds them to the head's dtype: cheaper where the hardware
             multiplies bf16, and wrong by 3 to 30 percent in the gradient as the student gets good.
-        max_scratch_bytes: bound on temporary memory, beside gradients (and, for a half-precision head in several
-            chunks, the fp32 sum of its gradient, 4 V H bytes). None: 256 MiB on a CPU, 1,400 MiB elsewhere.
+        max_scratch_bytes: bound on temporary memory, beside gradients, the fp32 sum of the gradient of a half-precision
+            head in several chunks (4 V H bytes), and what a BLAS keeps for itself (on a CPU some MiB a thread). None:
+            256 MiB on a CPU, 1,400 MiB elsewhere.
         backend: "cpp" (CPU), "triton" (CUDA from sm_80 on, ROCm; no fp64), "reference" (torch operations, any device),
             or
             None: by device; a divergence of the user's own runs on "reference".

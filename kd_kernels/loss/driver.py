@@ -20,8 +20,8 @@ from kd_kernels.logits import LinearLogits, SparseTargets, Targets, leading_shap
 from kd_kernels.loss import reference
 from kd_kernels.loss.plan import ID_STATS, STATS, Plan
 from kd_kernels.products import (
-    LinearSource, Source, SparseSource, TensorSource, flattened, rows_per_chunk, scratch_budget, source, tensors_of,
-    work_dtype,
+    LinearSource, Source, SparseSource, TensorSource, flattened, new_memory, rows_per_chunk, scratch_budget, source,
+    tensors_of, work_dtype,
 )
 
 ROW_IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp_impl", "triton": "triton_impl"}
@@ -74,11 +74,13 @@ class LinearGradient:
         self, products: LinearSource, needs_grad: tuple[bool, ...], chunks: int, weight_of_row: Tensor
     ) -> None:
         self.products, self.head = products, products.head
-        linear, new = products.linear, products.linear.weight.new_empty
+        linear = products.linear
         needs_hidden, needs_weight, needs_bias = (*needs_grad, False)[:3]
         dtype = gradient_dtype(linear.hidden.dtype)
         self.hidden = torch.zeros(linear.hidden.shape, dtype=dtype, device=linear.device) if needs_hidden else None
-        self.weight = new(linear.weight.shape, dtype=self.head.weight_total(chunks)) if needs_weight else None
+        self.weight: Tensor | None = None
+        if needs_weight:
+            self.weight = new_memory(*linear.weight.shape, dtype=self.head.weight_total(chunks), device=linear.device)
         self.bias = torch.zeros(
             linear.weight.shape[0], dtype=products.dtype, device=linear.device
         ) if needs_bias else None
@@ -125,7 +127,7 @@ class TensorGradient:
     def __init__(self, products: TensorSource, shape: torch.Size, dtype: torch.dtype, columns: int) -> None:
         self.products, self.is_direct = products, not products.copies
         self.unit = None
-        self.logits = torch.empty(shape, dtype=dtype, device=products.logits.device)
+        self.logits = new_memory(*shape, dtype=dtype, device=products.logits.device)
         if products.rows is not None or not self.is_direct:
             self.logits.zero_()
         else:
@@ -265,6 +267,9 @@ def _run(
             stats[slice(begin, end) if rows is None else rows[begin:end]] = row_stats
         if sink is not None:
             sink.add(gradient, begin, end)
+    here = gradient = None  # the last views of the scratch: a sum that is rounded to the head's dtype takes its place
+    for each in (student_rows, teacher_rows):
+        each.close()
 
     weighted = losses * weight_of_row
     if plan.reduction != "none":
