@@ -70,7 +70,7 @@ class Head(ABC):
         """As autocast wants it."""
         return x if self.autocast is None else x.to(self.autocast)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most hold none)
         """Give the scratch back."""
 
     @abstractmethod
@@ -112,7 +112,7 @@ class CpuHead(Head):
         """``fixed_bytes`` of memory for all tiles: one that is freed leaves a hole in which the next has no room."""
         return torch.empty(self.fixed_bytes // self.dtype.itemsize, dtype=self.dtype)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most hold none)
         vars(self).pop("_widened", None)
 
     def _in_widened(self, source: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,19 +25,31 @@ template <class S> struct Normalised {
   bool is_finite() const { return sum > 0 && sum < kInf<double>; }
 };
 
+// A sum with what rounding has lost of it (Kahan). Where one column has nearly all of the mass, 1 - q and g - q G are what the
+// others add to a lane that is a thousand times larger.
+template <class T> struct Carried {
+  T sum{}, lost{};
+  inline __attribute__((always_inline)) void add(T x) {
+    const T y = x - lost, next = sum + y;
+    lost = (next - sum) - y;
+    sum = next;
+  }
+  double total() const { return lane_sum(sum) - lane_sum(lost); }
+};
+
 // over_columns with a running sum: body returns one addend a column. Blocks are summed in S, the row in double.
 template <class S, class Body> KD_INLINE double sum_columns(int64_t n, Body body) {
   using V = typename Lanes<S>::V;
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    V lanes{};
+    Carried<V> lanes;
     double rest = 0;
     over_columns<S>(begin, end, [&](auto lane, int64_t v) {
-      if constexpr (sizeof(lane) == sizeof(V)) lanes += body(lane, v);
+      if constexpr (sizeof(lane) == sizeof(V)) lanes.add(body(lane, v));
       else rest += body(lane, v);
     });
-    total += lane_sum(lanes) + rest;
+    total += lanes.total() + rest;
   }
   return total;
 }
@@ -81,7 +93,8 @@ Sums sweep(const Normalised<S>& p, const Normalised<S>& q, const S* weight, cons
   Sums total{0, 0};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    V f_lanes{}, g_lanes{};
+    V f_lanes{};
+    Carried<V> g_lanes;
     double f_rest = 0, g_rest = 0;
     over_columns<S>(begin, end, [&](auto lane, int64_t v) {
       using T = decltype(lane);
@@ -94,11 +107,11 @@ Sums sweep(const Normalised<S>& p, const Normalised<S>& q, const S* weight, cons
         g *= load<T>(weight + v);
       }
       store(g_out + v, g);
-      if constexpr (sizeof(T) == sizeof(V)) f_lanes += f, g_lanes += g;
+      if constexpr (sizeof(T) == sizeof(V)) f_lanes += f, g_lanes.add(g);
       else f_rest += f, g_rest += g;
     });
     total.f += lane_sum(f_lanes) + f_rest;
-    total.g += lane_sum(g_lanes) + g_rest;
+    total.g += g_lanes.total() + g_rest;
   }
   return total;
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kd_kernels import EnsembleLogits, LinearLogits, sample
+from sampling_judge import far_apart
 
 N, VOCAB = 24, 9_001
 ARGUMENTS = [
