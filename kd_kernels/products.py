@@ -261,8 +261,8 @@ class EnsembleSource(Source):
                 total.add_(logits, alpha=weight)
             else:
                 log_weight = weight.log() if self.row_weights else math.log(weight)
-                logprobs = torch.log_softmax(logits, 1).add_(log_weight)
-                torch.logaddexp(total, logprobs, out=total)
+                # Without a name, or one member's would be there beside the next one's.
+                torch.logaddexp(total, torch.log_softmax(logits, 1).add_(log_weight), out=total)
         return RawRows(total)
 
     def close(self) -> None:
