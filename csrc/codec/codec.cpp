@@ -19,6 +19,13 @@ uint32_t bits_of(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+
+// To the nearest integer, halves to the even one, below 2^51: without a call of the C library for each number.
+double rounded(double x) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  return (x + kMagic) - kMagic;
+}
+
 // Puts the numbers of rows into a sink, in the order in which they are coded.
 template <class Sink> class RowWalk {
  public:
@@ -29,17 +36,17 @@ template <class Sink> class RowWalk {
     sink_.run();
     for (int64_t row = 0; row < rows_.rows; ++row) {
       sink_.number(kCount, count(row) == 0 ? 0 : 1 + layout_.k - count(row));
-      if (count(row) == 0) continue;
-      cached_.push_back(row);
+      if (count(row) > 0) cached_.push_back(row);
+    }
+    lay_columns();
+    for (const int64_t row : cached_) {
       if (layout_.step > 0) round(row);
-      else keep(row);
+      put(row);
     }
     if (ranks_) ranks_->restore();
-    order_ = cached_;
-    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return count(a) > count(b); });
     if (layout_.step > 0) gaps();
-    else for (const Entry& e : entries_) exact(kGap, rows_.logprobs[e.source]);
-    ranks();
+    else for (int64_t i = rows_.offsets[0]; i < rows_.offsets[rows_.rows]; ++i) exact(kGap, rows_.logprobs[i]);
+    by_columns([&](uint32_t, size_t i) { sink_.number(rank_contexts_[i], rank_numbers_[i]); });
     weights();
     if (layout_.tail) tails();
     for (uint32_t t = 0; t < layout_.temperatures; ++t) log_z(t);
@@ -48,8 +55,7 @@ template <class Sink> class RowWalk {
 
  private:
   struct Entry {
-    uint32_t level, fraction, gap, rank;
-    uint8_t company;
+    uint32_t level, rank;
     int64_t source;  // where it is in the rows as they were given
   };
 
@@ -57,66 +63,77 @@ template <class Sink> class RowWalk {
   Entry* entries(int64_t row) { return entries_.data() + (rows_.offsets[row] - rows_.offsets[0]); }
   void exact(uint32_t context, float value) { sink_.bits(context, bits_of(value), 32); }
 
-  // Entries of a row with their ranks, which then change for the next row.
-  void keep(int64_t row) {
-    Entry* e = entries(row);
-    for (uint32_t j = 0; j < count(row); ++j) {
-      const int64_t source = rows_.offsets[row] + j;
-      const uint32_t id = static_cast<uint32_t>(rows_.ids[source]);
-      e[j] = {0, 0, 0, ranks_ ? ranks_->rank_of_id[id] : id, 0, source};
+  // Where the entries of each column stand, those of the longest row first.
+  void lay_columns() {
+    std::vector<int64_t> order = cached_;
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return count(a) > count(b); });
+    position_.resize(rows_.rows);
+    for (size_t i = 0; i < order.size(); ++i) position_[order[i]] = i;
+    columns_.push_back(0);
+    for (size_t active = order.size(); active > 0;) {
+      columns_.push_back(columns_.back() + active);
+      while (active > 0 && count(order[active - 1]) + 1 == columns_.size()) --active;
     }
-    for (uint32_t j = 0; ranks_ && j < count(row); ++j) ranks_->promote(e[j].rank);
+    fractions_.resize(order.size());
+    gaps_.resize(entries_.size());
+    rank_numbers_.resize(entries_.size());
+    rank_contexts_.resize(entries_.size());
   }
 
+  // Levels of the entries of a row, whose first has the row's fraction of a step.
   void round(int64_t row) {
     Entry* e = entries(row);
-    const uint32_t n = count(row);
+    const float* logprobs = rows_.logprobs + rows_.offsets[row];
     const double scale = -1.0 / layout_.step;
-    const double first = std::max(0.0, std::nearbyint(rows_.logprobs[rows_.offsets[row]] * scale * kFractions));
+    const double first = std::max(0.0, rounded(logprobs[0] * scale * kFractions));
     const uint32_t fraction = static_cast<uint32_t>(static_cast<uint64_t>(first) % kFractions);
     const double shift = fraction / static_cast<double>(kFractions);
-    const auto level_of = [&](uint32_t j) {
-      const double level = std::nearbyint(rows_.logprobs[rows_.offsets[row] + j] * scale - shift);
-      return static_cast<uint32_t>(std::max(0.0, level));
-    };
+    fractions_[position_[row]] = static_cast<uint8_t>(fraction);
+    for (uint32_t j = 0; j < count(row); ++j)
+      e[j].level = static_cast<uint32_t>(std::max(0.0, rounded(logprobs[j] * scale - shift)));
+  }
+
+  // The numbers of a row into their columns: entries of one level by rank. The ranks then change for the next row.
+  void put(int64_t row) {
+    Entry* e = entries(row);
+    const uint32_t n = count(row);
+    const bool has_levels = layout_.step > 0;
     for (uint32_t j = 0; j < n; ++j) {
-      const int64_t source = rows_.offsets[row] + j;
-      const uint32_t id = static_cast<uint32_t>(rows_.ids[source]);
-      e[j] = {level_of(j), fraction, 0, ranks_ ? ranks_->rank_of_id[id] : id, 0, source};
+      e[j].source = rows_.offsets[row] + j;
+      const uint32_t id = static_cast<uint32_t>(rows_.ids[e[j].source]);
+      e[j].rank = ranks_ ? ranks_->rank_of_id[id] : id;
     }
-    for (uint32_t j = 1, stop; j < n; j = stop) {
+    for (uint32_t j = 1, stop; has_levels && j < n; j = stop) {
       for (stop = j + 1; stop < n && e[stop].level == e[j].level;) ++stop;
       if (stop - j > 1) std::sort(e + j, e + stop, [](const Entry& a, const Entry& b) { return a.rank < b.rank; });
     }
+    bool is_tie = false;
+    uint32_t level = 0, before = 0;
     for (uint32_t j = 0; j < n; ++j) {
-      e[j].gap = e[j].level - (j == 0 ? 0 : e[j - 1].level);
-      if (e[j].gap > 0 || j < 2) continue;
-      e[j].company |= kIsTie;
-      e[j - 1].company |= kIsFollowed;
+      const bool is_followed = has_levels && j > 0 && j + 1 < n && e[j + 1].level == e[j].level;
+      const size_t i = columns_[j] + position_[row];
+      gaps_[i] = e[j].level - level;
+      rank_numbers_[i] = is_tie ? e[j].rank - before - 1 : e[j].rank;
+      const uint32_t company = (is_tie ? kIsTie : 0) | (is_followed ? kIsFollowed : 0);
+      rank_contexts_[i] = static_cast<uint8_t>(rank_context(place_of(j), company, before));
+      is_tie = is_followed;
+      level = e[j].level;
+      before = e[j].rank;
     }
     for (uint32_t j = 0; ranks_ && j < n; ++j) ranks_->promote(e[j].rank);
   }
 
-  // Calls with the entries of one column after the other.
+  // Calls with the column and the place of each entry, one column after the other.
   template <class Call> void by_columns(const Call& call) {
-    size_t active = order_.size();
-    for (uint32_t j = 0; active > 0; ++j) {
+    for (uint32_t j = 0; j + 1 < columns_.size(); ++j) {
       sink_.run();
-      for (size_t i = 0; i < active; ++i) call(j, entries(order_[i]) + j);
-      while (active > 0 && count(order_[active - 1]) == j + 1) --active;
+      for (size_t i = columns_[j]; i < columns_[j + 1]; ++i) call(j, i);
     }
   }
 
   void gaps() {
-    for (const int64_t row : order_) sink_.bits(kGap, entries(row)->fraction, 8);
-    by_columns([&](uint32_t j, const Entry* e) { sink_.number(kGap + place_of(j), e->gap); });
-  }
-
-  void ranks() {
-    by_columns([&](uint32_t j, const Entry* e) {
-      const uint32_t before = j == 0 ? 0 : e[-1].rank;
-      sink_.number(rank_context(place_of(j), e->company, before), e->company & kIsTie ? e->rank - before - 1 : e->rank);
-    });
+    for (const uint8_t fraction : fractions_) sink_.bits(kGap, fraction, 8);
+    by_columns([&](uint32_t j, size_t i) { sink_.number(kGap + place_of(j), gaps_[i]); });
   }
 
   void weights() {
@@ -178,7 +195,7 @@ template <class Sink> class RowWalk {
     sink_.run();
     for (const float value : not_kept) {
       if (layout_.step == 0) exact(kNextLevel, value);
-      else sink_.number(kNextLevel, static_cast<uint32_t>(std::max(0.0, std::nearbyint(-value / layout_.step))));
+      else sink_.number(kNextLevel, static_cast<uint32_t>(std::max(0.0, rounded(-value / layout_.step))));
     }
   }
 
@@ -197,7 +214,10 @@ template <class Sink> class RowWalk {
   Ranks* ranks_;  // null: every id is its own rank
   Sink& sink_;
   std::vector<Entry> entries_;
-  std::vector<int64_t> cached_, order_;  // rows; by falling count
+  std::vector<int64_t> cached_;                    // rows that are
+  std::vector<size_t> position_, columns_;         // of a row in a column; where each column begins
+  std::vector<uint8_t> fractions_, rank_contexts_;
+  std::vector<uint32_t> gaps_, rank_numbers_;      // by columns, as the contexts
 };
 
 struct CodeSink {

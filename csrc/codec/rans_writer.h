@@ -13,11 +13,10 @@ class CodeWriter {
   void bits(uint32_t value, uint32_t count) {
     window_ |= static_cast<uint64_t>(value) << filled_;
     filled_ += count;
-    while (filled_ >= 8) {
-      bits_.push_back(static_cast<uint8_t>(window_));
-      window_ >>= 8;
-      filled_ -= 8;
-    }
+    if (filled_ < 32) return;
+    for (uint32_t i = 0; i < 4; ++i) bits_.push_back(static_cast<uint8_t>(window_ >> 8 * i));
+    window_ >>= 32;
+    filled_ -= 32;
   }
 
   void gamma(uint32_t value) {
@@ -50,7 +49,7 @@ class CodeWriter {
       }
       x = ((x / frequency) << kTotalBits) + x % frequency + start;
     }
-    if (filled_ > 0) bits(0, 8 - filled_);
+    for (uint32_t i = 0; i < filled_; i += 8) bits_.push_back(static_cast<uint8_t>(window_ >> i));
     const uint32_t count = static_cast<uint32_t>(words.size());
     std::vector<uint8_t> code(kCodeHeadBytes + 2 * words.size() + bits_.size());
     std::memcpy(code.data(), states, sizeof states);
