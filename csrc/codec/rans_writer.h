@@ -31,7 +31,8 @@ class CodeWriter {
 
   void number(const Distribution& d, uint32_t value) {
     const Distribution::Symbol& s = d.of(value);
-    symbols_.push_back({s.start, s.frequency, lane_});
+    // One word: parts that are stored apart and loaded together wait for each other.
+    symbols_.push_back(s.start | uint32_t{s.frequency} << kTotalBits | lane_ << (2 * kTotalBits + 1));
     lane_ = (lane_ + 1) % kLanes;
     bits(static_cast<uint32_t>(value - (uint64_t{s.high} << s.bits)), s.bits);
   }
@@ -41,8 +42,9 @@ class CodeWriter {
     std::vector<uint16_t> words;
     words.reserve(symbols_.size());
     for (size_t i = symbols_.size(); i-- > 0;) {
-      const auto [start, frequency, lane] = symbols_[i];
-      uint32_t& x = states[lane];
+      const uint32_t symbol = symbols_[i], start = symbol % kTotal;
+      const uint32_t frequency = symbol >> kTotalBits & (2 * kTotal - 1);
+      uint32_t& x = states[symbol >> (2 * kTotalBits + 1)];
       if (x >= static_cast<uint64_t>(frequency) << (32 - kTotalBits)) {
         words.push_back(static_cast<uint16_t>(x));
         x >>= 16;
@@ -61,12 +63,7 @@ class CodeWriter {
   }
 
  private:
-  struct Symbol {
-    uint16_t start, frequency;
-    uint32_t lane;
-  };
-
-  std::vector<Symbol> symbols_;
+  std::vector<uint32_t> symbols_;  // start, frequency (at most kTotal), lane
   uint32_t lane_ = 0;
   std::vector<uint8_t> bits_;
   uint64_t window_ = 0;
