@@ -16,7 +16,7 @@ def run(name: str, tmp_path: Path) -> str:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True, env=env, cwd=tmp_path,
-        timeout=180
+        timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

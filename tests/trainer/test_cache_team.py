@@ -33,7 +33,7 @@ def data(text):
 
 def launched(arguments: list[str]) -> None:
     """Runs ``kdk`` in two processes, of which one tells what was done."""
-    first, second = launch_kdk(arguments, timeout=180)
+    first, second = launch_kdk(arguments, timeout=300)
     assert first and not second
 
 

@@ -100,7 +100,7 @@ def test_two_processes_are_the_same_run_as_one(make_config, tmp_path):
     one = train(make_config(train={"steps": 2}))
     two = make_config(out=str(tmp_path / "two"), train={"steps": 2})
     (tmp_path / "two.yaml").write_text(to_yaml(two))
-    launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=120)
+    launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=300)
     for a, b in zip(metrics(one.parent), metrics(two.out), strict=True):
         assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)

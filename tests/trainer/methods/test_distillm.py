@@ -208,7 +208,7 @@ def test_two_processes_with_a_buffer_each(config, tmp_path):
             for name in ("one", "two")}
     train(runs["one"])
     (tmp_path / "two.yaml").write_text(to_yaml(runs["two"]))
-    launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=120)
+    launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=300)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     alike = next(i for i, line in enumerate(one) if line["replayed"])
     assert alike >= 1 and len(two) == 8

@@ -185,7 +185,7 @@ def test_two_processes_write_and_learn_what_one_does(make_config, teacher_folder
             train(config)
         else:
             (tmp_path / "two.yaml").write_text(to_yaml(config))
-            launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=120)
+            launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=300)
         lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*lines, strict=True):
         assert one["tokens"] == two["tokens"] and one["loss"] == pytest.approx(two["loss"], rel=1e-4)

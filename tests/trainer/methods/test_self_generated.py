@@ -117,7 +117,7 @@ def test_two_processes_make_what_one_makes(make_config, tmp_path):
     one = train(make_config(**case))
     two = make_config(out=str(tmp_path / "two"), **case)
     (tmp_path / "two.yaml").write_text(to_yaml(two))
-    launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=120)
+    launch_kdk(["train", str(tmp_path / "two.yaml")], timeout=300)
     lines = [(Path(run) / "metrics.jsonl").read_text().splitlines() for run in (one.parent, two.out)]
     for a, b in zip(*(map(json.loads, part) for part in lines), strict=True):
         assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
