@@ -108,7 +108,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(session.config, "workeroutput"):  # a worker, and not what a test started in one
         session.config.workeroutput["not_collected"] = dict(_not_collected)
 
 

@@ -153,7 +153,7 @@ class Decoder:
         self.lengths = self.lengths + added
         # Small operations cost less than without gradients alone. But what hooks gather from other processes must stay
         # an ordinary tensor.
-        with torch.inference_mode(not torch.distributed.is_initialized()):
+        with torch.no_grad() if torch.distributed.is_initialized() else torch.inference_mode():
             output = self._model(
                 input_ids=ids, attention_mask=None if self._is_token is None else self._is_token.long(),
                 position_ids=places.clamp(0, self._limit - 1), past_key_values=self._cache, use_cache=True,
