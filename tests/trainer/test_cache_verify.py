@@ -210,7 +210,8 @@ def test_percentiles_without_keeping_the_numbers():
     for part in values.split(700):
         spread.add(part)
     assert spread.largest == float(values.max())
-    assert spread.p99 == pytest.approx(float(values.quantile(0.99)), rel=0.02)
+    for share in (0.01, 0.005):
+        assert spread.above(share) == pytest.approx(float(values.quantile(1 - share)), rel=0.02)
     empty = Spread()
     empty.add(torch.zeros(0))
-    assert empty.p99 == 0.0 and not math.isnan(empty.largest)
+    assert empty.above(0.01) == 0.0 and not math.isnan(empty.largest)
