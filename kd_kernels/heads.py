@@ -112,7 +112,7 @@ class CpuHead(Head):
         """``fixed_bytes`` of memory for all tiles: one that is freed leaves a hole in which the next has no room."""
         return torch.empty(self.fixed_bytes // self.dtype.itemsize, dtype=self.dtype)
 
-    def close(self) -> None:  # noqa: B027  (most hold none)
+    def close(self) -> None:
         vars(self).pop("_widened", None)
 
     def _in_widened(self, source: Tensor, dtype: torch.dtype) -> Tensor:

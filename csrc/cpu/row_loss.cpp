@@ -25,8 +25,8 @@ template <class S> struct Normalised {
   bool is_finite() const { return sum > 0 && sum < kInf<double>; }
 };
 
-// A sum with what rounding has lost of it (Kahan). Where one column has nearly all of the mass, 1 - q and g - q G are what the
-// others add to a lane that is a thousand times larger.
+// A sum with what rounding has lost of it (Kahan). Where one column has nearly all of the mass, 1 - q and g - q G are
+// what the others add to a lane that is a thousand times larger.
 template <class T> struct Carried {
   T sum{}, lost{};
   inline __attribute__((always_inline)) void add(T x) {

@@ -129,7 +129,7 @@ def excess_error(
         student, prompts, options, seed=step_seed(seed, 0, "student's contexts"), samples=samples
     )}
     how = dict(seed=seed, samples=samples, prompt_tokens=prompt_tokens)
-    texts["teacher"] = by_teacher or oracle_texts(teacher, documents, options, **how)
+    texts["teacher"] = oracle_texts(teacher, documents, options, **how) if by_teacher is None else by_teacher
     repeated = [prompt.tolist() for prompt in prompts for _ in range(samples)]
     if repeated != [text.tokens[: text.first_target].tolist() for text in texts["teacher"]]:
         need = f"{samples} texts of each of the {len(prompts)} prompts"
