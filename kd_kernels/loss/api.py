@@ -102,8 +102,7 @@ def kd_loss(
             head in several chunks (4 V H bytes), and what a BLAS keeps for itself (on a CPU some MiB a thread). None:
             256 MiB on a CPU, 1,400 MiB elsewhere.
         backend: "cpp" (CPU), "triton" (CUDA from sm_80 on, ROCm; no fp64), "reference" (torch operations, any device),
-            or
-            None: by device; a divergence of the user's own runs on "reference".
+            or None: by device; a divergence of the user's own runs on "reference".
 
     Returns:
         :class:`KDLoss`. With no row that counts the loss is 0 and so are the gradients.
