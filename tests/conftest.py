@@ -107,8 +107,13 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     _not_collected["deselected on the command line (-m, -k or --deselect)"] += len(items)
 
 
+def pytest_sessionstart() -> None:
+    """A pytest that a test starts is no worker of xdist, though its environment would say so."""
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # a worker, and not what a test started in one
+    if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["not_collected"] = dict(_not_collected)
 
 
