@@ -1,10 +1,11 @@
 """The codec of the teacher cache on rows of SmolLM2-135M-Instruct: bytes by stream, divergence, speed, and other
 layouts.
 
-``python -m bench.cache_codec [--rows 20000] [--out bench/results/cpu_cache_codec.json]`` scores documents (about four
-minutes a corpus on one core), writes them as caches and reads these back. Corpora: introductions of Wikipedia's
-articles and the Python of the standard library. Half of the documents are for learning, the other half are the unseen
-ones that are measured. Bytes are of whole folders, index and all, divided by rows:
+``python -m bench.cache_codec [--rows 20000] [--captured FOLDER] [--out bench/results/cpu_cache_codec.json]`` scores
+documents (some ten minutes a corpus on one core; kept in FOLDER, and taken from there the next time), writes them as
+caches and reads these back. Corpora: introductions of Wikipedia's articles and the Python of the standard library. Half
+of the documents are for learning, the other half are the unseen ones that are measured. Bytes are of whole folders,
+index and all, divided by rows:
 
 - ``cold``: a cache of the unseen rows alone, whose writer learns its models from them as it goes;
 - ``warm``: what the same rows add to a cache that has as many rows of the other documents already, as in a larger
@@ -12,6 +13,9 @@ ones that are measured. Bytes are of whole folders, index and all, divided by ro
 
 ``triple``: every id stands for three, one of which is drawn at random: V = 147,456, near Qwen's 151,936, and the most
 that such a vocabulary can cost (1.58 bits an entry), because nothing tells which of the three it is.
+
+``reader``: sequences read in random order, from the files to a loss's targets, beside what a student of ten of the
+teacher's layers trains on at full speed (forward, loss, backward, AdamW; one thread each).
 
 Other layouts are emulations of the packing alone, on the same entries: Megatron-LM's (fp16 value, 16 bits and one of
 the id; zlib here for its zstd) and DistillKit's at k = 50 with its "budget" settings (14 bytes of values, 16-bit ids).
@@ -32,12 +36,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import machine
-from kd_kernels import LinearLogits, SparseTargets, topk_targets
+from kd_kernels import LinearLogits, SparseTargets, kd_loss, topk_targets
 from kd_kernels.cache import CachedRows, CacheManifest, CacheReader, CacheWriter
 from kd_kernels.cache.codec import RowModel, learn_model, to_bytes
 from kd_kernels.cache.rows import canonical_rows
+from kd_trainer.assets import smollm2, wiki_intros
+from kd_trainer.models import cut_layers
 
 RESULT = Path(__file__).resolve().parent / "results" / "cpu_cache_codec.json"
 VOCAB, K, MOST_TOKENS, ROWS_PER_BLOCK = 49_152, 64, 768, 128
@@ -48,8 +55,6 @@ Sequence = tuple[Tensor, SparseTargets, Tensor]
 
 def texts(corpus: str) -> list[str]:
     if corpus == "wiki":
-        from kd_trainer.assets import wiki_intros
-
         found = wiki_intros()
     else:
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
@@ -176,26 +181,65 @@ def measure(
     return found | codec(known, unseen, manifest, repeats)
 
 
+def captured(corpus: str, rows: int, folder: Path | None) -> tuple[list[Sequence], list[Sequence]]:
+    """What to learn from, and what is unseen: out of the folder where it is there, else scored."""
+    file = None if folder is None else folder / f"{corpus}-{rows}.pt"
+    if file is None or not file.exists():
+        model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
+        tokenizer, documents = AutoTokenizer.from_pretrained(smollm2()), texts(corpus)
+        half = len(documents) // 2
+        halves = [list(score(model, tokenizer, part, rows)) for part in (documents[:half], documents[half:])]
+        if file is None:
+            return tuple(halves)
+        folder.mkdir(parents=True, exist_ok=True)
+        fields = lambda rows: (rows.offsets, rows.ids, rows.logprobs, rows.tail_logprob)  # noqa: E731
+        torch.save([[(tokens, *fields(rows), after) for tokens, rows, after in half] for half in halves], file)
+    return tuple(
+        [(tokens, SparseTargets(*fields), after) for tokens, *fields, after in half] for half in torch.load(file)
+    )
+
+
+def reading(sequences: list[Sequence], repeats: int) -> float:
+    """Rows a second of processor time that come out of a cache of these sequences, in random order."""
+    manifest = CacheManifest(teacher="SmolLM2", tokenizer="SmolLM2", vocab=VOCAB, k=K, step_nats=1 / 16)
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()
+    rows, best = sum(len(each[2]) for each in sequences), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        folder_bytes(sequences, manifest, Path(folder) / "cache")
+        for _ in range(repeats):
+            start = time.process_time()
+            reader = CacheReader(Path(folder) / "cache")
+            for i in order:
+                reader.targets(sequences[i][0])
+            best = max(best, rows / (time.process_time() - start))
+    return best
+
+
+def training(sequences: list[Sequence], repeats: int) -> float:
+    """Tokens a second of processor time that a student of ten layers trains on, its teacher's rows at hand."""
+    student = cut_layers(AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32), tuple(range(0, 30, 3)))
+    optimizer, best = torch.optim.AdamW(student.parameters(), lr=1e-5), 0.0
+    for tokens, targets, _ in sequences[:repeats]:
+        start = time.process_time()
+        hidden = student.model(tokens[None, :-1]).last_hidden_state[0]
+        kd_loss(LinearLogits(hidden, student.lm_head.weight), targets, "forward_kl").loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        best = max(best, len(hidden) / (time.process_time() - start))
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000, help="of each half of a corpus")
+    parser.add_argument("--captured", type=Path, help="folder of scored rows")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from kd_trainer.assets import smollm2
-
-    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
     cases: dict[str, dict[str, object]] = {}
     for corpus in ("wiki", "code"):
-        documents = texts(corpus)
-        half = len(documents) // 2
-        known, unseen = (
-            list(score(model, tokenizer, part, options.rows)) for part in (documents[:half], documents[half:])
-        )
+        known, unseen = captured(corpus, options.rows, options.captured)
         for step in (1 / 32, 1 / 16, 1 / 8):
             cases[f"{corpus}, k=64, 1/{round(1 / step)}"] = measure(known, unseen, step, VOCAB, None, options.repeats)
         cut = [[cut_at(each, 0.98) for each in part] for part in (known, unseen)]
@@ -203,9 +247,10 @@ def main() -> None:
         tripled = [[triple(each) for each in part] for part in (known, unseen)]
         cases[f"{corpus}, triple, k=64, 1/16"] = measure(*tripled, 1 / 16, 3 * VOCAB, None, options.repeats)
         cases[f"{corpus}, other layouts"] = other_layouts(unseen)
-    options.out.write_text(
-        json.dumps({"machine": machine.describe(), "rows": options.rows, "cases": cases}, indent=1) + "\n"
-    )
+    read, trained = reading(unseen, options.repeats), training(unseen, 2 * options.repeats)
+    reader = {"rows_per_second": read, "trained_tokens_per_second": trained}
+    about = {"moment": machine.moment(), "machine": machine.describe(), "rows": options.rows}
+    options.out.write_text(json.dumps(about | {"reader": reader, "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

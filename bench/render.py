@@ -80,6 +80,7 @@ BLOCKS = {
     "gpu-plots": Block(GPU, _pictures, missing="Not yet drawn: nothing was measured on a GPU."),
     "demo": Block(DEMO, tables.demo),
     "cache": Block(CACHE, tables.cache),
+    "cache-codec": Block("cpu_cache_codec.json", tables.codec),
     "study": Block(STUDY, tables.study),
     "integrations": Block(DROP_IN, tables.drop_in),
     "convergence": Block(CONVERGENCE, tables.convergence),
