@@ -1,6 +1,6 @@
 """The runs that docs/methods.md shows, and what they print: on a teacher, a text and students that are made in seconds.
 
-    python -m bench.methods_page --out bench/results/methods_page.json       some two minutes
+    python -m bench.methods_page --out bench/results/methods_page.json       some four minutes on two cores
 
 Nothing here is timed. The text and the teacher are those of ``kdk demo --offline-tiny``: sentences of a small grammar,
 split after their third word into a prompt and its completion.
