@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     training.set_defaults(run=_train)
 
     listing = commands.add_parser("methods", help="what can be trained by name, and what each needs")
+    listing.add_argument("--imports", nargs="+", default=(), metavar="MODULE", help="that register more of them")
     listing.set_defaults(run=_methods)
 
     evaluation = commands.add_parser("eval", help="compare students with their teacher")
@@ -96,6 +97,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _methods(arguments: argparse.Namespace) -> None:
     from kd_trainer import registry
 
+    registry.import_modules(arguments.imports)
     print(registry.describe())
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -176,8 +175,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for module in self.imports:
-            _import(module)
+        registry.import_modules(self.imports)
         method = registry.spec(self.method)
         for name, values in method.defaults.items():
             if name != "options":
@@ -208,15 +206,6 @@ class Config:
         if type(options) is not method.options:
             fail("config", "options", f"those of method {self.method}", type(options).__name__)
         return options.elsewhere(method.options(**decided)) if decided else options
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # it is there, and lacks another
-            raise
-        fail("config", "imports", "modules that Python finds", repr(module), "put its folder into PYTHONPATH")
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

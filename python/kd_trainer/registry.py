@@ -11,7 +11,7 @@ A method of one's own, from any module that is imported before the configuration
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,17 @@ def register(spec: MethodSpec) -> MethodSpec:
         fail("register", "name", "free", repr(spec.name), "a method of this name is there already")
     _specs[spec.name] = spec
     return spec
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules, which register methods of one's own; ValueError where there is no such module."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # it is there, and lacks another
+                raise
+            fail("config", "imports", "modules that Python finds", repr(name), "put its folder into PYTHONPATH")
 
 
 def specs() -> dict[str, MethodSpec]:

@@ -79,6 +79,9 @@ def test_the_pages_method_of_ones_own_runs_as_it_stands_there(tiny, text, tmp_pa
     assert all(line in written for line in ("below: 0.9", "divergence: reverse_kl", "kd_weight: 1.0", "- rare"))
     assert main(["train", "rare.yaml", "options.below=2"]) == 2
     assert "options.below must be in (0, 1], got 2" in capsys.readouterr().err
+    assert main(["methods", "--imports", "rare"]) == 0 and "no paper" in capsys.readouterr().out
+    assert main(["methods", "--imports", "nowhere.at_all"]) == 2
+    assert "imports must be modules that Python finds, got 'nowhere.at_all'" in capsys.readouterr().err
 
 
 def test_what_the_paper_decides_gives_way_to_what_is_written(halved):
