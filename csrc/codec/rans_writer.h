@@ -30,15 +30,15 @@ class CodeWriter {
   void run() { lane_ = 0; }
 
   void number(const Distribution& d, uint32_t value) {
-    const Distribution::Symbol& s = d.of(value);
-    // One word: parts that are stored apart and loaded together wait for each other.
-    symbols_.push_back(s.start | uint32_t{s.frequency} << kTotalBits | lane_ << (2 * kTotalBits + 1));
+    const Symbol s = d.of(value);
+    symbols_.push_back(s.word % (1u << (2 * kTotalBits + 1)) | lane_ << (2 * kTotalBits + 1));
     lane_ = (lane_ + 1) % kLanes;
-    bits(static_cast<uint32_t>(value - (uint64_t{s.high} << s.bits)), s.bits);
+    bits(value - s.range().base, static_cast<uint32_t>(s.range().bits));
   }
 
   std::vector<uint8_t> finish() {
-    uint32_t states[kLanes] = {kLow, kLow, kLow, kLow};
+    uint32_t states[kLanes];
+    for (uint32_t& state : states) state = kLow;
     std::vector<uint16_t> words;
     words.reserve(symbols_.size());
     for (size_t i = symbols_.size(); i-- > 0;) {
