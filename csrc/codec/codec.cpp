@@ -37,7 +37,7 @@ template <class Sink> class RowWalk {
       if (layout_.step > 0) round(row);
       put(row);
     }
-    if (ranks_) ranks_->restore();
+    if (ranks_) take_back();
     if (layout_.step > 0) gaps();
     else for (int64_t i = rows_.offsets[0]; i < rows_.offsets[rows_.rows]; ++i) exact(kGap, rows_.logprobs[i]);
     by_columns([&](uint32_t, size_t i) { sink_.number(rank_contexts_[i], rank_numbers_[i]); });
@@ -115,6 +115,14 @@ template <class Sink> class RowWalk {
       before = e[j].rank;
     }
     for (uint32_t j = 0; ranks_ && j < n; ++j) ranks_->promote(e[j].rank);
+  }
+
+  // Ranks as they were before the rows.
+  void take_back() {
+    for (size_t i = cached_.size(); i-- > 0;) {
+      const Entry* e = entries(cached_[i]);
+      for (uint32_t j = count(cached_[i]); j-- > 0;) ranks_->promote(e[j].rank);
+    }
   }
 
   // Calls with the column and the place of each entry, one column after the other.
@@ -304,22 +312,6 @@ Ranks::Ranks(const std::vector<uint8_t>& levels) : id_of_rank(levels.size()) {
 void Ranks::find_ranks() {
   rank_of_id.resize(id_of_rank.size());
   for (uint32_t rank = 0; rank < id_of_rank.size(); ++rank) rank_of_id[id_of_rank[rank]] = rank;
-}
-
-inline void Ranks::swap(uint32_t a, uint32_t b) {
-  std::swap(id_of_rank[a], id_of_rank[b]);
-  if (rank_of_id.empty()) return;
-  rank_of_id[id_of_rank[a]] = a;
-  rank_of_id[id_of_rank[b]] = b;
-}
-
-void Ranks::promote(uint32_t rank) {
-  promoted_.push_back(rank);
-  swap(rank, promoted(rank));
-}
-
-void Ranks::restore() {
-  for (; !promoted_.empty(); promoted_.pop_back()) swap(promoted_.back(), promoted(promoted_.back()));
 }
 
 std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<RowsIn>& rows, const int32_t* id_counts) {
