@@ -14,12 +14,6 @@ uint32_t zigzag(int64_t v) { return static_cast<uint32_t>(v < 0 ? -2 * v - 1 : 2
 // A tail of mass t as log(t / (1 - t)): as exact for the entries' mass as for the tail's own.
 double log_odds(double log_tail) { return std::min(log_tail - std::log(-std::expm1(std::min(log_tail, 0.0))), 89.0); }
 
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
 // To the nearest integer, halves to the even one, below 2^51: without a call of the C library for each number.
 double rounded(double x) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
@@ -43,7 +37,7 @@ template <class Sink> class RowWalk {
       if (layout_.step > 0) round(row);
       put(row);
     }
-    if (ranks_) ranks_->restore();
+    if (ranks_) take_back();
     if (layout_.step > 0) gaps();
     else for (int64_t i = rows_.offsets[0]; i < rows_.offsets[rows_.rows]; ++i) exact(kGap, rows_.logprobs[i]);
     by_columns([&](uint32_t, size_t i) { sink_.number(rank_contexts_[i], rank_numbers_[i]); });
@@ -123,6 +117,14 @@ template <class Sink> class RowWalk {
     for (uint32_t j = 0; ranks_ && j < n; ++j) ranks_->promote(e[j].rank);
   }
 
+  // Ranks as they were before the rows.
+  void take_back() {
+    for (size_t i = cached_.size(); i-- > 0;) {
+      const Entry* e = entries(cached_[i]);
+      for (uint32_t j = count(cached_[i]); j-- > 0;) ranks_->promote(e[j].rank);
+    }
+  }
+
   // Calls with the column and the place of each entry, one column after the other.
   template <class Call> void by_columns(const Call& call) {
     for (uint32_t j = 0; j + 1 < columns_.size(); ++j) {
@@ -158,7 +160,7 @@ template <class Sink> class RowWalk {
       const double odds = log_odds(rows_.tail[row]) * kTailFinesse / layout_.step;
       const bool is_cut = count(row) < layout_.k;
       const uint32_t context = is_cut ? kCutTail : kTail;
-      if (odds < -kMaxLevel / 2) {
+      if (odds < -(kMaxLevel / 2.0)) {
         sink_.number(context, 0);  // mass 0
         continue;
       }
@@ -255,8 +257,8 @@ struct CostSink {
   std::vector<double> cost;
   void run() {}
   void number(uint32_t context, uint32_t value) {
-    const Distribution::Symbol& s = contexts[context].of(value);
-    cost[context] += kTotalBits - std::log2(s.frequency) + s.bits;
+    const Symbol s = contexts[context].of(value);
+    cost[context] += kTotalBits - std::log2(s.frequency()) + s.range().bits;
   }
   void bits(uint32_t context, uint32_t, uint32_t count) { cost[context] += count; }
 };
@@ -312,22 +314,6 @@ void Ranks::find_ranks() {
   for (uint32_t rank = 0; rank < id_of_rank.size(); ++rank) rank_of_id[id_of_rank[rank]] = rank;
 }
 
-inline void Ranks::swap(uint32_t a, uint32_t b) {
-  std::swap(id_of_rank[a], id_of_rank[b]);
-  if (rank_of_id.empty()) return;
-  rank_of_id[id_of_rank[a]] = a;
-  rank_of_id[id_of_rank[b]] = b;
-}
-
-void Ranks::promote(uint32_t rank) {
-  promoted_.push_back(rank);
-  swap(rank, promoted(rank));
-}
-
-void Ranks::restore() {
-  for (; !promoted_.empty(); promoted_.pop_back()) swap(promoted_.back(), promoted(promoted_.back()));
-}
-
 std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<RowsIn>& rows, const int32_t* id_counts) {
   std::vector<uint8_t> levels;
   std::unique_ptr<Ranks> ranks;
@@ -378,13 +364,18 @@ Complaint RowModel::read(const RowLayout& layout, Span payload) {
     context.assign(frequencies.data(), alphabet);
   }
   levels_.assign(reader.bits(1) ? layout.vocab : 0, 0);
-  uint32_t most = 0;
-  reader.run(
-      static_cast<uint32_t>(levels_.size()), [&](uint32_t) -> const Distribution& { return contexts_[kIdLevel]; },
-      [&](uint32_t id, uint32_t level) {
-        levels_[id] = static_cast<uint8_t>(level);
-        most = std::max(most, level);
-      });
+  uint32_t most = 0, levels[kBlockRows];
+  static_assert(kBlockRows % kLanes == 0, "a part of a run goes on with the lane that follows");
+  for (size_t id = 0; id < levels_.size(); id += kBlockRows) {
+    const uint32_t count = static_cast<uint32_t>(std::min<size_t>(kBlockRows, levels_.size() - id));
+    reader.run(count, [&](uint32_t) -> const Distribution& { return contexts_[kIdLevel]; }, levels);
+    for (uint32_t i = 0; i < count; ++i) {
+      levels_[id + i] = static_cast<uint8_t>(levels[i]);
+      most = std::max(most, levels[i]);
+    }
+  }
+  gap_tables_.clear();
+  for (uint32_t place = 0; place < kPlaces; ++place) gap_tables_.emplace_back(contexts_[kGap + place]);
   if (most >= kRankLevels) return {"level of an id, below", kRankLevels, most};
   idle_.clear();
   if (!reader.is_at_end()) return {"end of a model", 1, 0};
@@ -394,8 +385,8 @@ Complaint RowModel::read(const RowLayout& layout, Span payload) {
 // What one thread decodes or encodes with.
 struct RowModel::Workspace {
   std::unique_ptr<Ranks> ranks;  // null: every id is its own rank
-  std::vector<uint32_t> columns, ties, coded;
-  std::vector<uint8_t> company;
+  std::vector<uint32_t> columns, entries, row;
+  std::vector<uint64_t> run;
   RowScratch scratch;
 };
 
@@ -414,9 +405,13 @@ std::unique_ptr<RowModel::Workspace> RowModel::take_workspace() const {
   auto workspace = std::make_unique<Workspace>();
   if (!levels_.empty()) workspace->ranks = std::make_unique<Ranks>(levels_);
   workspace->columns.resize(layout_.k + 1);
-  workspace->ties.resize(layout_.k + 1);
+  workspace->row.resize(3 * layout_.k + 2 * kCountMost);
+  workspace->run.resize(layout_.k);
   workspace->scratch.columns = workspace->columns.data();
-  workspace->scratch.ties = workspace->ties.data();
+  workspace->scratch.keys = workspace->row.data();
+  workspace->scratch.places = workspace->scratch.keys + layout_.k + 2 * kCountMost;
+  workspace->scratch.moved = workspace->scratch.places + layout_.k;
+  workspace->scratch.run = workspace->run.data();
   return workspace;
 }
 
@@ -448,15 +443,14 @@ std::vector<double> RowModel::bits_by_context(const RowsIn& rows) const {
 Complaint RowModel::decode(Span payload, const RowsOut& out) const {
   std::unique_ptr<Workspace> workspace = take_workspace();
   const size_t entries = static_cast<size_t>(out.entries);
-  if (workspace->coded.size() < entries) {
-    workspace->coded.resize(entries);
-    workspace->company.resize(entries);
-  }
-  workspace->scratch.ranks = workspace->coded.data();
-  workspace->scratch.company = workspace->company.data();
+  if (workspace->entries.size() < 3 * entries) workspace->entries.resize(3 * entries);
+  workspace->scratch.gaps = workspace->entries.data();
+  workspace->scratch.ranks = workspace->scratch.gaps + entries;
+  workspace->scratch.by_row = workspace->scratch.ranks + entries;
   Ranks* ranks = workspace->ranks.get();
   uint32_t* id_of_rank = ranks ? ranks->id_of_rank.data() : nullptr;
-  const Complaint wrong = RowDecoder(layout_, contexts_.data(), id_of_rank, out, workspace->scratch).decode(payload);
+  RowDecoder decoder(layout_, contexts_.data(), gap_tables_.data(), id_of_rank, out, workspace->scratch);
+  const Complaint wrong = decoder.decode(payload);
   // An encoder's ranks of ids stay as they are: the decoder takes back what it changes.
   give_back(std::move(workspace));
   return wrong;

@@ -14,7 +14,7 @@ class CodeWriter {
     window_ |= static_cast<uint64_t>(value) << filled_;
     filled_ += count;
     if (filled_ < 32) return;
-    for (uint32_t i = 0; i < 4; ++i) bits_.push_back(static_cast<uint8_t>(window_ >> 8 * i));
+    bits_.push_back(static_cast<uint32_t>(window_));
     window_ >>= 32;
     filled_ -= 32;
   }
@@ -30,42 +30,43 @@ class CodeWriter {
   void run() { lane_ = 0; }
 
   void number(const Distribution& d, uint32_t value) {
-    const Distribution::Symbol& s = d.of(value);
-    // One word: parts that are stored apart and loaded together wait for each other.
-    symbols_.push_back(s.start | uint32_t{s.frequency} << kTotalBits | lane_ << (2 * kTotalBits + 1));
+    const Symbol s = d.of(value);
+    symbols_.push_back(s.word % (1u << (2 * kTotalBits + 1)) | lane_ << (2 * kTotalBits + 1));
     lane_ = (lane_ + 1) % kLanes;
-    bits(static_cast<uint32_t>(value - (uint64_t{s.high} << s.bits)), s.bits);
+    bits(value - s.range().base, static_cast<uint32_t>(s.range().bits));
   }
 
   std::vector<uint8_t> finish() {
-    uint32_t states[kLanes] = {kLow, kLow, kLow, kLow};
-    std::vector<uint16_t> words;
-    words.reserve(symbols_.size());
+    uint32_t states[kLanes];
+    for (uint32_t& state : states) state = kLow;
+    std::vector<uint16_t> words(symbols_.size());  // last to first, as symbols: at most one each
+    size_t first = words.size();
     for (size_t i = symbols_.size(); i-- > 0;) {
       const uint32_t symbol = symbols_[i], start = symbol % kTotal;
       const uint32_t frequency = symbol >> kTotalBits & (2 * kTotal - 1);
-      uint32_t& x = states[symbol >> (2 * kTotalBits + 1)];
-      if (x >= static_cast<uint64_t>(frequency) << (32 - kTotalBits)) {
-        words.push_back(static_cast<uint16_t>(x));
-        x >>= 16;
-      }
-      x = ((x / frequency) << kTotalBits) + x % frequency + start;
+      uint32_t& state = states[symbol >> (2 * kTotalBits + 1)];
+      const uint32_t is_full = mask_of(state >= static_cast<uint64_t>(frequency) << (32 - kTotalBits));
+      words[first - 1] = static_cast<uint16_t>(state);
+      first -= is_full & 1;
+      const uint32_t x = state >> (is_full & 16);
+      state = ((x / frequency) << kTotalBits) + x % frequency + start;
     }
-    for (uint32_t i = 0; i < filled_; i += 8) bits_.push_back(static_cast<uint8_t>(window_ >> i));
-    const uint32_t count = static_cast<uint32_t>(words.size());
-    std::vector<uint8_t> code(kCodeHeadBytes + 2 * words.size() + bits_.size());
+    const uint32_t count = static_cast<uint32_t>(words.size() - first);
+    const size_t whole = 4 * bits_.size(), rest = (filled_ + 7) / 8;
+    std::vector<uint8_t> code(kCodeHeadBytes + 2 * count + whole + rest);
     std::memcpy(code.data(), states, sizeof states);
     std::memcpy(code.data() + sizeof states, &count, sizeof count);
     uint8_t* out = code.data() + kCodeHeadBytes;
-    for (size_t i = words.size(); i-- > 0; out += 2) std::memcpy(out, &words[i], 2);
-    if (!bits_.empty()) std::memcpy(out, bits_.data(), bits_.size());
+    if (count > 0) std::memcpy(out, words.data() + first, 2 * count);
+    if (whole > 0) std::memcpy(out + 2 * count, bits_.data(), whole);
+    if (rest > 0) std::memcpy(out + 2 * count + whole, &window_, rest);
     return code;
   }
 
  private:
   std::vector<uint32_t> symbols_;  // start, frequency (at most kTotal), lane
   uint32_t lane_ = 0;
-  std::vector<uint8_t> bits_;
+  std::vector<uint32_t> bits_;
   uint64_t window_ = 0;
   uint32_t filled_ = 0;
 };

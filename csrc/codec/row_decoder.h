@@ -12,9 +12,12 @@ constexpr uint32_t kBlockRows = 256;      // at most
 constexpr uint32_t kFractions = 256;      // of a step, for the first entry of a row
 constexpr double kTailFinesse = 4;        // the tail's log-odds are stored to step / 4
 constexpr double kLogZFinesse = 16;       // log Z to step / 16
-constexpr double kMaxLevel = 1u << 30;
-constexpr double kMaxTailLevel = 1 << 20;  // that a tail is predicted from
+constexpr uint32_t kMaxLevel = 1u << 30;
+constexpr uint32_t kMaxTailLevel = 1 << 20;  // that a tail is predicted from
 constexpr uint32_t kPlaces = 8, kOctaves = 14, kRankLevels = 32;
+constexpr uint32_t kTieBit = 1u << 31;  // of a rank
+constexpr uint32_t kIdBits = 25;        // one more than ids have
+constexpr uint32_t kCountMost = 16;     // longer runs of one level are sorted by a heap
 constexpr uint32_t kTop = 16, kDeep = 8192;  // ranks below kTop are final; from kDeep on they rise faster
 
 enum class Weights : int { none, fp32, counts };
@@ -48,18 +51,35 @@ struct RowsOut {
   int32_t* counts;   // [entries], or null
 };
 
-// Room for what is known of a block while it is decoded. Entries stand by columns, as they are coded.
+// Room for what is known of a block while it is decoded. Entries stand by columns, as they are coded, or by rows.
 struct RowScratch {
   uint32_t* columns;  // [k + 1]: where the entries of a column begin
-  uint32_t* ranks;    // [entries]
-  uint8_t* company;   // [entries]: kIsTie, kIsFollowed
-  uint32_t* ties;     // [k + 1]: places in a row
+  uint32_t* gaps;     // [entries], by columns
+  uint32_t* ranks;    // [entries], by columns, with kTieBit
+  uint32_t* by_row;   // [entries]: log-probabilities by columns, and then ranks by rows
+  uint32_t *keys, *places, *moved;  // of the entries of a row: [k + 2 kCountMost], [k], [k]
+  uint64_t* run;                    // [k]: the entries of one level
   uint32_t counts[kBlockRows];
-  uint8_t order[kBlockRows];     // rows by falling count
+  uint8_t order[kBlockRows];     // cached rows by falling count
   uint8_t position[kBlockRows];  // of a row in this order
   uint8_t cached[kBlockRows];    // rows that are
-  double levels[kBlockRows];     // the last so far of the rows in this order, in fractions
+  // Of the rows in this order: the last level so far, how many entries have it, and the most that have one.
+  uint32_t fractions[kBlockRows], levels[kBlockRows];
+  int32_t lengths[kBlockRows], longest[kBlockRows];
+  uint32_t numbers[kBlockRows];
 };
+
+KD_HOST_DEVICE inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+KD_HOST_DEVICE inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
 
 // Contexts. A gap depends on the place in the row; a rank on that, too, or, where the entry has the level of the one
 // before, on the octave of the rank before; and on whether the next entry has the same level.
@@ -79,9 +99,11 @@ KD_HOST_DEVICE inline uint32_t place_of(uint32_t j) {
 // first.
 enum Company : uint8_t { kIsFollowed = 1, kIsTie = 2 };
 
+// before: the rank of the entry before, below 2^24, so that fp32 holds it. Its exponent is the octave.
 KD_HOST_DEVICE inline uint32_t rank_context(uint32_t place, uint32_t company, uint32_t before) {
-  const uint32_t octave = log2_floor(before | 1), tie = octave < kOctaves ? octave : kOctaves - 1;
-  return kRank + (company & kIsFollowed) + 2 * (place + company / kIsTie * (kPlaces - place + tie));
+  const uint32_t octave = (bits_of(static_cast<float>(static_cast<int32_t>(before | 1))) >> 23) - 127;
+  const uint32_t tie = kPlaces + (octave < kOctaves ? octave : kOctaves - 1);
+  return kRank + (company & kIsFollowed) + 2 * (company & kIsTie ? tie : place);
 }
 
 // An id that came moves from its rank to this one, and that one's id to its.
@@ -94,28 +116,23 @@ KD_HOST_DEVICE inline void promote(uint32_t* id_of_rank, uint32_t rank) {
 }
 
 // What a tail is expected to be, from the level of the last entry.
-KD_HOST_DEVICE inline int64_t tail_of_level(double level) {
-  return -static_cast<int64_t>(kTailFinesse * (level < kMaxTailLevel ? level : kMaxTailLevel));
+KD_HOST_DEVICE inline int64_t tail_of_level(uint32_t level) {
+  return -static_cast<int64_t>(kTailFinesse) * (level < kMaxTailLevel ? level : kMaxTailLevel);
 }
 
 KD_HOST_DEVICE inline int64_t unzigzag(uint32_t v) { return v & 1 ? -static_cast<int64_t>(v / 2) - 1 : v / 2; }
 
-KD_HOST_DEVICE inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-constexpr uint32_t kInsertionMost = 16;  // longer runs of one level are sorted by a heap
 
 // Decodes the payload of a block. What was written counts only if there is no complaint, but id_of_rank is then and
 // now as it was.
 class RowDecoder {
  public:
   // contexts [context_count(layout)]; id_of_rank [vocab], or null: every id is its own rank, always.
-  KD_HOST_DEVICE RowDecoder(const RowLayout& layout, const Distribution* contexts, uint32_t* id_of_rank,
-                            const RowsOut& out, RowScratch& scratch)
-      : layout_(layout), contexts_(contexts), id_of_rank_(id_of_rank), out_(out), scratch_(scratch) {}
+  // gap_tables [kPlaces]: of the contexts from kGap on; null: without.
+  KD_HOST_DEVICE RowDecoder(const RowLayout& layout, const Distribution* contexts, const SlotTable* gap_tables,
+                            uint32_t* id_of_rank, const RowsOut& out, RowScratch& scratch)
+      : layout_(layout), contexts_(contexts), gap_tables_(gap_tables), id_of_rank_(id_of_rank), out_(out),
+        scratch_(scratch) {}
 
   KD_HOST_DEVICE Complaint decode(Span payload) {
     if (out_.rows > kBlockRows) return {"rows of a block, at most", kBlockRows, out_.rows};
@@ -123,9 +140,8 @@ class RowDecoder {
     if (const Complaint wrong = counts()) return wrong;
     if (const Complaint wrong = is_exact() ? exact_logprobs() : rounded_logprobs()) return wrong;
     if (const Complaint wrong = ranks()) return wrong;
-    ids();
     if (out_.weights || out_.counts) weights();
-    if (!is_exact()) sort_ties();
+    ids();
     not_cached();
     if (out_.tail) tails();
     log_z();
@@ -138,28 +154,26 @@ class RowDecoder {
   KD_HOST_DEVICE bool is_exact() const { return layout_.step == 0; }
   KD_HOST_DEVICE uint32_t rows() const { return static_cast<uint32_t>(out_.rows); }
 
-  template <class Take> KD_HOST_DEVICE void run(uint32_t count, uint32_t context, const Take& take) {
+  KD_HOST_DEVICE void run(uint32_t count, uint32_t context, uint32_t* numbers) {
     const Distribution& distribution = contexts_[context];
-    reader_.run(count, [&](uint32_t) -> const Distribution& { return distribution; }, take);
+    reader_.run(count, [&](uint32_t) -> const Distribution& { return distribution; }, numbers);
   }
 
   KD_HOST_DEVICE Complaint counts() {
-    run(rows(), kCount, [&](uint32_t row, uint32_t missing) { scratch_.counts[row] = missing; });
+    run(rows(), kCount, scratch_.numbers);
     int64_t entries = 0;
     out_.offsets[0] = 0;
     for (uint32_t row = 0; row < rows(); ++row) {
-      const uint32_t missing = scratch_.counts[row], count = missing == 0 ? 0 : 1 + layout_.k - missing;
+      const uint32_t missing = scratch_.numbers[row], count = missing == 0 ? 0 : 1 + layout_.k - missing;
       if (missing > layout_.k) return {"entries that a row lacks, below k", layout_.k, int64_t{missing} - 1};
       scratch_.counts[row] = count;
       entries += count;
       out_.offsets[row + 1] = entries;
-      if (count > 0) scratch_.cached[cached_++] = static_cast<uint8_t>(row);
-      uint32_t i = row;  // rows that are as long stay in their order
-      for (; i > 0 && scratch_.counts[scratch_.order[i - 1]] < count; --i) scratch_.order[i] = scratch_.order[i - 1];
-      scratch_.order[i] = static_cast<uint8_t>(row);
+      scratch_.cached[cached_] = static_cast<uint8_t>(row);
+      cached_ += count > 0;
     }
     if (entries != out_.entries) return {"entries of a block", out_.entries, entries};
-    for (uint32_t i = 0; i < rows(); ++i) scratch_.position[scratch_.order[i]] = static_cast<uint8_t>(i);
+    sort_rows();
     uint32_t at = 0;
     for (uint32_t active = cached_; active > 0; ++columns_) {
       scratch_.columns[columns_] = at;
@@ -170,156 +184,220 @@ class RowDecoder {
     return {};
   }
 
+  // By radix, so that rows that are as long stay in their order: by the low byte of what they lack, then the high one.
+  KD_HOST_DEVICE void sort_rows() {
+    uint32_t* const begin = scratch_.levels;
+    const uint8_t* from = scratch_.cached;
+    for (uint32_t shift = 0; shift == 0 || layout_.k >> shift > 0; shift += 8) {
+      const auto key = [&](uint8_t row) { return (layout_.k - scratch_.counts[row]) >> shift & 255; };
+      for (uint32_t i = 0; i < 256; ++i) begin[i] = 0;
+      for (uint32_t i = 0; i < cached_; ++i) ++begin[key(from[i])];
+      for (uint32_t i = 0, sum = 0; i < 256; ++i) {
+        const uint32_t n = begin[i];
+        begin[i] = sum;
+        sum += n;
+      }
+      for (uint32_t i = 0; i < cached_; ++i) scratch_.order[begin[key(from[i])]++] = from[i];
+      for (uint32_t i = 0; i < cached_; ++i) scratch_.position[i] = scratch_.order[i];
+      from = scratch_.position;
+    }
+    for (uint32_t i = 0; i < cached_; ++i) scratch_.position[scratch_.order[i]] = static_cast<uint8_t>(i);
+  }
+
   KD_HOST_DEVICE uint32_t height(uint32_t j) const { return scratch_.columns[j + 1] - scratch_.columns[j]; }
+
+  // From columns to rows. Tile by tile, as lines of the cache are few where they are as far apart as rows.
+  template <class T> KD_HOST_DEVICE void transpose(const uint32_t* columns, T* by_row) const {
+    constexpr uint32_t kTile = 8;
+    for (uint32_t j = 0; j < columns_; j += kTile) {
+      const uint32_t* tile[kTile];
+      for (uint32_t i = 0; i < kTile && j + i < columns_; ++i) tile[i] = columns + scratch_.columns[j + i];
+      for (uint32_t p = 0, n = height(j); p < n; ++p) {
+        const uint32_t row = scratch_.order[p], left = scratch_.counts[row] - j;
+        T* to = by_row + out_.offsets[row] + j;
+        if (left >= kTile) {
+          for (uint32_t i = 0; i < kTile; ++i) std::memcpy(to + i, tile[i] + p, sizeof(T));
+        } else {
+          for (uint32_t i = 0; i < left; ++i) std::memcpy(to + i, tile[i] + p, sizeof(T));
+        }
+      }
+    }
+  }
 
   KD_HOST_DEVICE Complaint exact_logprobs() {
     for (int64_t i = 0; i < out_.entries; ++i) {
       out_.logprobs[i] = float_of(reader_.bits(32));
-      scratch_.company[i] = 0;
+      scratch_.gaps[i] = 1;  // no ties
     }
     return {};
+  }
+
+  KD_HOST_DEVICE void read_gaps(uint32_t count, uint32_t place, uint32_t* gaps) {
+    if (!gap_tables_) return run(count, kGap + place, gaps);
+    const SlotTable& table = gap_tables_[place];
+    reader_.run(count, [&](uint32_t) -> const SlotTable& { return table; }, gaps);
   }
 
   KD_HOST_DEVICE Complaint rounded_logprobs() {
     const double unit = layout_.step / kFractions;
-    double* const levels = scratch_.levels;
-    float* first[kBlockRows];
-    for (uint32_t i = 0; i < cached_; ++i) first[i] = out_.logprobs + out_.offsets[scratch_.order[i]];
-    for (uint32_t i = 0; i < cached_; ++i) levels[i] = reader_.bits(8);
+    uint32_t *const levels = scratch_.levels, *const fractions = scratch_.fractions;
+    int32_t *const lengths = scratch_.lengths, *const longest = scratch_.longest;
+    for (uint32_t i = 0; i < cached_; ++i) fractions[i] = reader_.bits(8);
+    for (uint32_t i = 0; i < cached_; ++i) levels[i] = 0, lengths[i] = longest[i] = 0;
     for (uint32_t j = 0; j < columns_; ++j) {
-      uint8_t* company = scratch_.company + scratch_.columns[j];
-      run(height(j), kGap + place_of(j), [&](uint32_t i, uint32_t gap) {
-        company[i] = gap == 0 && j > 1 ? kIsTie : 0;
-        levels[i] += gap * static_cast<double>(kFractions);
-        first[i][j] = static_cast<float>(0.0 - levels[i] * unit);
-      });
+      uint32_t* const gaps = scratch_.gaps + scratch_.columns[j];
+      uint32_t* const logprobs = scratch_.by_row + scratch_.columns[j];
+      const uint32_t n = height(j);
+      read_gaps(n, place_of(j), gaps);
+      uint32_t wrong = 0;
+      for (uint32_t i = 0; i < n; ++i) {
+        const uint32_t gap = gaps[i], level = levels[i] + gap;
+        levels[i] = level;
+        wrong |= gap >> 31 | (level + kMaxLevel - 1) >> 31;
+        const double whole = static_cast<int32_t>(level), fraction = static_cast<int32_t>(fractions[i]);
+        logprobs[i] = bits_of(static_cast<float>(0.0 - (whole * kFractions + fraction) * unit));
+      }
+      for (uint32_t i = 0; i < n; ++i) {
+        const int32_t tie = j > 1 && gaps[i] == 0 ? -1 : 0, length = (lengths[i] & tie) + 1;
+        lengths[i] = length;
+        longest[i] = longest[i] < length ? length : longest[i];
+      }
+      if (wrong) return {"levels, at most", kMaxLevel, int64_t{kMaxLevel} + 1};
     }
-    for (uint32_t i = 0; i < cached_; ++i)
-      if (levels[i] >= (kMaxLevel + 1) * kFractions)
-        return {"levels, at most", static_cast<int64_t>(kMaxLevel), static_cast<int64_t>(levels[i] / kFractions)};
-    for (uint32_t j = 2; j < columns_; ++j) {
-      uint8_t* company = scratch_.company + scratch_.columns[j - 1];
-      const uint8_t* after = scratch_.company + scratch_.columns[j];
-      for (uint32_t i = 0, n = height(j); i < n; ++i) company[i] |= after[i] / kIsTie;
-    }
+    transpose(scratch_.by_row, out_.logprobs);
     return {};
   }
 
   KD_HOST_DEVICE Complaint ranks() {
+    const Distribution* const contexts = contexts_;
+    uint32_t* const context = scratch_.numbers;
+    const uint32_t vocab = layout_.vocab;
     for (uint32_t j = 0; j < columns_; ++j) {
-      const uint8_t* company = scratch_.company + scratch_.columns[j];
-      const uint32_t* before = j == 0 ? nullptr : scratch_.ranks + scratch_.columns[j - 1];
-      uint32_t* ranks = scratch_.ranks + scratch_.columns[j];
-      const Distribution* const contexts = contexts_;
-      const uint32_t place = place_of(j), vocab = layout_.vocab;
-      uint32_t most = 0;
-      reader_.run(
-          height(j),
-          [&](uint32_t i) -> const Distribution& {
-            return contexts[rank_context(place, company[i], j == 0 ? 0 : before[i])];
-          },
-          [&](uint32_t i, uint32_t number) {
-            const uint64_t rank = (uint64_t{j == 0 ? 0 : before[i]} + 1) * (company[i] / kIsTie) + number;
-            ranks[i] = static_cast<uint32_t>(rank);
-            const uint32_t capped = static_cast<uint32_t>(rank < vocab ? rank : vocab);
-            most = most < capped ? capped : most;
-          });
-      if (most >= layout_.vocab) return {"ids, below", layout_.vocab, most};
+      const uint32_t n = height(j), followers = j > 0 && j + 1 < columns_ ? height(j + 1) : 0, place = place_of(j);
+      const uint32_t *const gaps = scratch_.gaps + scratch_.columns[j], *const after = gaps + n;
+      uint32_t *const ranks = scratch_.ranks + scratch_.columns[j];
+      if (j < 2) {
+        for (uint32_t i = 0; i < n; ++i) context[i] = rank_context(place, 0, 0);
+      } else {
+        const uint32_t* const before = ranks - height(j - 1);
+        for (uint32_t i = 0; i < n; ++i)
+          context[i] = rank_context(place, gaps[i] == 0 ? kIsTie : 0, before[i] & ~kTieBit);
+      }
+      for (uint32_t i = 0; i < followers; ++i) context[i] += after[i] == 0;
+      reader_.run(n, [=](uint32_t i) -> const Distribution& { return contexts[context[i]]; }, ranks);
+      uint32_t wrong = 0;
+      if (j < 2) {
+        for (uint32_t i = 0; i < n; ++i) wrong |= ranks[i] >> 25 | (vocab - 1 - ranks[i]) >> 31;
+      } else {
+        const uint32_t* const before = ranks - height(j - 1);
+        for (uint32_t i = 0; i < n; ++i) {
+          const uint32_t tie = gaps[i] == 0 ? ~0u : 0, rank = ranks[i] + (((before[i] & ~kTieBit) + 1) & tie);
+          wrong |= ranks[i] >> 25 | (vocab - 1 - rank) >> 31;
+          ranks[i] = rank | (tie & kTieBit);
+        }
+      }
+      if (wrong) return {"ids, below", vocab, too_large(ranks, n)};
       if (reader_.is_short()) return {"columns in a payload", columns_, j};
     }
+    transpose(scratch_.ranks, scratch_.by_row);
     return {};
   }
 
-  KD_HOST_DEVICE uint32_t rank(uint32_t row, uint32_t j) const {
-    return scratch_.ranks[scratch_.columns[j] + scratch_.position[row]];
+  // The first of them that is not below the vocabulary's size.
+  KD_HOST_DEVICE int64_t too_large(const uint32_t* ranks, uint32_t count) const {
+    for (uint32_t i = 0; i < count; ++i)
+      if ((ranks[i] & ~kTieBit) >= layout_.vocab) return ranks[i] & ~kTieBit;
+    return layout_.vocab;
   }
 
-  KD_HOST_DEVICE bool is_tie(uint32_t row, uint32_t j) const {
-    return (scratch_.company[scratch_.columns[j] + scratch_.position[row]] & kIsTie) != 0;
-  }
-
-  // Ids of ranks, as each row finds them and leaves them for the next.
-  KD_HOST_DEVICE void ids() {
-    for (uint32_t row = 0; row < rows(); ++row) {
-      int64_t* ids = out_.ids + out_.offsets[row];
-      const uint32_t count = scratch_.counts[row];
-      for (uint32_t j = 0; j < count; ++j) ids[j] = id_of_rank_ ? id_of_rank_[rank(row, j)] : rank(row, j);
-      for (uint32_t j = 0; id_of_rank_ && j < count; ++j) promote(id_of_rank_, rank(row, j));
-    }
-    for (uint32_t row = rows(); id_of_rank_ && row-- > 0;)
-      for (uint32_t j = scratch_.counts[row]; j-- > 0;) promote(id_of_rank_, rank(row, j));
-  }
-
+  // As they are coded: entries of one level are put in order when their ids are known.
   KD_HOST_DEVICE void weights() {
     if (out_.weights)
       for (int64_t i = 0; i < out_.entries; ++i) out_.weights[i] = float_of(reader_.bits(32));
     if (!out_.counts) return;
     for (uint32_t row = 0; row < rows(); ++row)
-      run(scratch_.counts[row], kWeight, [&](uint32_t j, uint32_t count) {
-        out_.counts[out_.offsets[row] + j] = static_cast<int32_t>(count);
-      });
+      run(scratch_.counts[row], kWeight, reinterpret_cast<uint32_t*>(out_.counts) + out_.offsets[row]);
   }
 
-  // Of entries of one level the one with the lower id comes first. Most have no company, or one: so ties are listed
-  // without a branch that depends on the data, and the first exchange is none either.
-  KD_HOST_DEVICE void sort_ties() {
-    uint32_t* const ties = scratch_.ties;
+  // Ids of ranks, as each row finds them and leaves them for the next. Of entries of one level the one with the lower
+  // id comes first.
+  KD_HOST_DEVICE void ids() {
     for (uint32_t row = 0; row < rows(); ++row) {
-      const int64_t begin = out_.offsets[row];
-      int64_t* const ids = out_.ids + begin;
-      uint32_t count = 0;
-      for (uint32_t j = 1; j < scratch_.counts[row]; ++j) {
-        ties[count] = j;
-        count += is_tie(row, j);
+      const uint32_t *const ranks = scratch_.by_row + out_.offsets[row], count = scratch_.counts[row];
+      int64_t* const ids = out_.ids + out_.offsets[row];
+      if (!id_of_rank_) {  // ranks of one level rise
+        for (uint32_t j = 0; j < count; ++j) ids[j] = ranks[j] & ~kTieBit;
+        continue;
       }
-      for (uint32_t i = 0; i < count; ++i) {
-        const uint32_t j = ties[i];
-        if (i + kInsertionMost <= count && ties[i + kInsertionMost - 1] == j + kInsertionMost - 1) {
-          uint32_t stop = i + 1;
-          while (stop < count && ties[stop] == ties[stop - 1] + 1) ++stop;
-          heapsort(begin + j - 1, stop - i + 1);
-          i = stop - 1;
-          continue;
-        }
-        const int64_t a = ids[j - 1], b = ids[j];
-        const bool falls = a > b;
-        if (out_.weights || out_.counts) {
-          if (falls) swap(begin + j - 1, begin + j);
-        } else {
-          ids[j - 1] = falls ? b : a;
-          ids[j] = falls ? a : b;
-        }
-        for (uint32_t to = j - 1; falls && is_tie(row, to) && ids[to - 1] > ids[to]; --to)
-          swap(begin + to - 1, begin + to);
+      uint32_t* const keys = scratch_.keys + kCountMost;
+      const uint32_t longest = count > 0 && !is_exact() ? scratch_.longest[scratch_.position[row]] : 1;
+      uint32_t level = 0;
+      for (uint32_t j = 0; j < count; ++j) {
+        const uint32_t is_tie = ranks[j] / kTieBit;
+        level += 1 - is_tie;
+        keys[j] = id_of_rank_[ranks[j] & ~kTieBit] + (level << kIdBits);
       }
+      for (uint32_t j = 0; j < count; ++j) promote(id_of_rank_, ranks[j] & ~kTieBit);
+      find_places(ranks, count, longest);
+      const uint32_t* const places = scratch_.places;
+      for (uint32_t j = 0; j < count; ++j) ids[places[j]] = keys[j] & ((1u << kIdBits) - 1);
+      if (longest == 1) continue;
+      if (out_.weights) move(out_.weights + out_.offsets[row], count);
+      if (out_.counts) move(out_.counts + out_.offsets[row], count);
+    }
+    for (int64_t i = out_.entries; id_of_rank_ && i-- > 0;) promote(id_of_rank_, scratch_.by_row[i] & ~kTieBit);
+  }
+
+  template <class T> KD_HOST_DEVICE void move(T* values, uint32_t count) {
+    std::memcpy(scratch_.moved, values, count * sizeof(T));
+    for (uint32_t j = 0; j < count; ++j) std::memcpy(values + scratch_.places[j], scratch_.moved + j, sizeof(T));
+  }
+
+  // Where each entry of a row belongs: at its own place, less the greater entries before it, and the lesser ones behind
+  // it more. Keys are ids and, above them, levels counted modulo 128: the sign of a difference tells the order of any
+  // two that are near each other. Beside the row stand keys that are less and greater than all of it.
+  KD_HOST_DEVICE void find_places(const uint32_t* ranks, uint32_t count, uint32_t longest) {
+    uint32_t *const keys = scratch_.keys + kCountMost, *const places = scratch_.places;
+    for (uint32_t j = 0; j < count; ++j) places[j] = j;
+    if (longest > kCountMost) return sort_runs(ranks, count);
+    for (uint32_t d = 1; d < longest; ++d) {
+      keys[-static_cast<int32_t>(d)] = 0;
+      keys[count + d - 1] = keys[count - 1] + (1u << kIdBits);
+    }
+    for (uint32_t d = 1; d < longest; ++d) {
+      const uint32_t *const before = keys - d, *const after = keys + d;
+      for (uint32_t j = 0; j < count; ++j)
+        places[j] += ((after[j] - keys[j]) >> 31) - ((keys[j] - before[j]) >> 31);
     }
   }
 
-  KD_HOST_DEVICE void swap(int64_t a, int64_t b) {
-    const auto exchange = [=](auto* values) {
-      if (!values) return;
-      const auto value = values[a];
+  // A row may have 65,535 entries of one level.
+  KD_HOST_DEVICE void sort_runs(const uint32_t* ranks, uint32_t count) {
+    for (uint32_t begin = 0, stop; begin < count; begin = stop) {
+      uint64_t* const run = scratch_.run;
+      for (stop = begin; stop == begin || (stop < count && ranks[stop] & kTieBit); ++stop)
+        run[stop - begin] = uint64_t{scratch_.keys[kCountMost + stop] & ((1u << kIdBits) - 1)} << 32 | stop;
+      heapsort(run, stop - begin);
+      for (uint32_t j = begin; j < stop; ++j) scratch_.places[static_cast<uint32_t>(run[j - begin])] = j;
+    }
+  }
+
+  KD_HOST_DEVICE static void heapsort(uint64_t* values, uint32_t count) {
+    const auto swap = [&](uint32_t a, uint32_t b) {
+      const uint64_t value = values[a];
       values[a] = values[b];
       values[b] = value;
     };
-    exchange(out_.ids);
-    exchange(out_.weights);
-    exchange(out_.counts);
-  }
-
-  // A row may have 65,535 entries of one level.
-  KD_HOST_DEVICE void heapsort(int64_t begin, uint32_t count) {
-    const int64_t* ids = out_.ids + begin;
     const auto sift = [&](uint32_t root, uint32_t size) {
       for (uint32_t child; (child = 2 * root + 1) < size; root = child) {
-        if (child + 1 < size && ids[child] < ids[child + 1]) ++child;
-        if (ids[root] >= ids[child]) return;
-        swap(begin + root, begin + child);
+        if (child + 1 < size && values[child] < values[child + 1]) ++child;
+        if (values[root] >= values[child]) return;
+        swap(root, child);
       }
     };
     for (uint32_t root = count / 2; root-- > 0;) sift(root, count);
     for (uint32_t size = count; --size > 0;) {
-      swap(begin, begin + size);
+      swap(0, size);
       sift(0, size);
     }
   }
@@ -343,22 +421,20 @@ class RowDecoder {
   KD_HOST_DEVICE void tails() {
     if (is_exact()) return exact(out_.tail);
     const auto is_cut = [&](uint32_t i) { return scratch_.counts[scratch_.cached[i]] < layout_.k; };
-    int64_t cut_tail = 0;
     reader_.run(
         cached_, [&](uint32_t i) -> const Distribution& { return contexts_[is_cut(i) ? kCutTail : kTail]; },
-        [&](uint32_t i, uint32_t code) {
-          const uint32_t row = scratch_.cached[i];
-          out_.tail[row] = -INFINITY;
-          if (code == 0) return;
-          const int64_t units = unzigzag(code - 1) + (is_cut(i) ? cut_tail : tail_of_level(last_level(row)));
-          const double odds = static_cast<double>(units) * layout_.step / kTailFinesse;
-          out_.tail[row] = static_cast<float>(odds < -40 ? odds : -log1p(exp(-odds)));
-          if (is_cut(i)) cut_tail = units;
-        });
-  }
-
-  KD_HOST_DEVICE double last_level(uint32_t row) const {
-    return floor(scratch_.levels[scratch_.position[row]] / kFractions);
+        scratch_.numbers);
+    int64_t cut_tail = 0;
+    for (uint32_t i = 0; i < cached_; ++i) {
+      const uint32_t row = scratch_.cached[i], code = scratch_.numbers[i];
+      out_.tail[row] = -INFINITY;
+      if (code == 0) continue;
+      const uint32_t last_level = scratch_.levels[scratch_.position[row]];
+      const int64_t units = unzigzag(code - 1) + (is_cut(i) ? cut_tail : tail_of_level(last_level));
+      const double odds = static_cast<double>(units) * layout_.step / kTailFinesse;
+      out_.tail[row] = static_cast<float>(odds < -40 ? odds : -log1p(exp(-odds)));
+      if (is_cut(i)) cut_tail = units;
+    }
   }
 
   KD_HOST_DEVICE void log_z() {
@@ -368,37 +444,40 @@ class RowDecoder {
         exact(log_z);
         continue;
       }
+      run(cached_, kLogZ + t, scratch_.numbers);
       int64_t units = 0;
-      run(cached_, kLogZ + t, [&](uint32_t i, uint32_t code) {
-        units += unzigzag(code);
+      for (uint32_t i = 0; i < cached_; ++i) {
+        units += unzigzag(scratch_.numbers[i]);
         log_z[scratch_.cached[i]] = static_cast<float>(static_cast<double>(units) * layout_.step / kLogZFinesse);
-      });
+      }
     }
   }
 
   KD_HOST_DEVICE Complaint next() {
-    uint8_t* not_kept = scratch_.order;  // rows, by now free
+    run(cached_, kNext, scratch_.numbers);
+    uint8_t* const not_kept = scratch_.order;  // rows, by now free
     uint32_t count = 0;
-    Complaint wrong;
-    run(cached_, kNext, [&](uint32_t i, uint32_t code) {
-      const uint32_t row = scratch_.cached[i], kept = scratch_.counts[row];
+    for (uint32_t i = 0; i < cached_; ++i) {
+      const uint32_t row = scratch_.cached[i], kept = scratch_.counts[row], code = scratch_.numbers[i];
       if (code == kNotKnown) out_.next[row] = NAN;
       else if (code == kImpossible) out_.next[row] = -INFINITY;
       else if (code == kNotKept) not_kept[count++] = static_cast<uint8_t>(row);
       else if (code - kEntry < kept) out_.next[row] = out_.logprobs[out_.offsets[row] + (code - kEntry)];
-      else wrong = {"entry of the next token, below", kept, int64_t{code} - kEntry};
-    });
-    if (is_exact())
+      else return {"entry of the next token, below", kept, int64_t{code} - kEntry};
+    }
+    if (is_exact()) {
       for (uint32_t i = 0; i < count; ++i) out_.next[not_kept[i]] = float_of(reader_.bits(32));
-    else
-      run(count, kNextLevel, [&](uint32_t i, uint32_t level) {
-        out_.next[not_kept[i]] = static_cast<float>(0.0 - static_cast<double>(level) * layout_.step);
-      });
-    return wrong;
+      return {};
+    }
+    run(count, kNextLevel, scratch_.numbers);
+    for (uint32_t i = 0; i < count; ++i)
+      out_.next[not_kept[i]] = static_cast<float>(0.0 - static_cast<double>(scratch_.numbers[i]) * layout_.step);
+    return {};
   }
 
   const RowLayout& layout_;
   const Distribution* contexts_;
+  const SlotTable* gap_tables_;
   uint32_t* id_of_rank_;
   const RowsOut& out_;
   RowScratch& scratch_;

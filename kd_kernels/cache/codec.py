@@ -44,8 +44,8 @@ class RowModel:
         ValueError: the payload is no model of such a cache.
         RuntimeError: the extension was not built.
 
-    Cost: 0.9 KiB a context (about 50 KiB). If the model ranks ids, 1 byte an id of the vocabulary, and 4 more for every
-    thread that decodes at a time (8 where it encodes).
+    Cost: about 170 KiB. If the model ranks ids, 1 byte an id of the vocabulary, and 4 more for every thread that
+    decodes at a time (8 where it encodes). Such a thread keeps 12 bytes an entry of its largest block, too.
     """
 
     def __init__(self, payload: bytes | memoryview, manifest: CacheManifest) -> None:

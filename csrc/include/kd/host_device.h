@@ -6,3 +6,10 @@
 #else
 #define KD_HOST_DEVICE
 #endif
+
+// Before a loop of a few steps that is to be unrolled whole.
+#ifdef __CUDA_ARCH__
+#define KD_UNROLL _Pragma("unroll")
+#else
+#define KD_UNROLL _Pragma("GCC unroll 8")
+#endif
