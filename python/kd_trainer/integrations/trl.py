@@ -46,14 +46,10 @@ from kd_trainer.integrations.hf import check_arguments, compare_tokenizers, own_
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.rows import jsd_with_end_points
 from kd_trainer.integrations.targets import gathered, reduced
-from kd_trainer.integrations.versions import check_version
+from kd_trainer.integrations.versions import check_versions
 from kd_trainer.models import tokenizer_fingerprint
 
-TESTED = ("1.16",)
-"""TRL's ``major.minor`` that this was tested with."""
-
-check_version("kd_trainer.integrations.trl", "trl", TESTED)
-check_version("kd_trainer.integrations.trl", "transformers", ("5.23",))
+check_versions("kd_trainer.integrations.trl", "trl", "transformers", "accelerate")
 
 __all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer", "KDLossMixin", "KDOptions", "kd_losses"]
 
