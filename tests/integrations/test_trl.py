@@ -355,6 +355,19 @@ def test_padded_vocabulary(tmp_path) -> None:
         assert padded_teacher.config.vocab_size == 264
 
 
+@pytest.mark.parametrize("name", (*OFF_POLICY, "distillation"))
+def test_a_head_that_is_not_found_is_refused_before_training(tmp_path, name: str) -> None:
+    wanted = "get_output_embeddings() of LlamaModel must be a linear head with a 2-d weight, such as lm_head, got none"
+    for student, teacher in ((model(1).model, model(2)), (model(1), model(2).model)):
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            if name == "distillation":
+                distillation(ours.DistillationTrainer, tmp_path, student, teacher)
+            else:
+                gkd(OFF_POLICY[name][0], tmp_path, student, teacher, OFF_POLICY[name][2])
+    with pytest.raises(ValueError, match=re.escape("get_output_embeddings() (lm_head) and get_decoder()")):
+        gkd(ours.GKDTrainer, tmp_path, torch.nn.Linear(2, 2), model(2))
+
+
 def test_what_cannot_work_is_refused_before_training(tmp_path, cache) -> None:
     teacher = model(2)
     config = lambda **changes: gkd_config(tmp_path, **changes)  # noqa: E731
