@@ -1,6 +1,6 @@
 """Fifty steps by their loss and by ours, from the same student on the same batches: the loss curves side by side.
 
-    OMP_WAIT_POLICY=passive .venv-integrations/bin/python -m bench.convergence FOLDER smollm2-135m-instruct
+    OMP_WAIT_POLICY=passive .venv-integrations/bin/python -m bench.convergence tests/stories260k
 
 writes bench/results/cpu_convergence.json, of which ``bench.render`` makes the README's lines. The teacher is each model
 that is named (SmolLM2, or a folder of any causal language model), the student its first, middle and last layer. The
