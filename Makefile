@@ -19,7 +19,8 @@ test: $(VENV)/built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m interpret
 
 # The trainers that kd_trainer.integrations plugs into, in an environment of their own. torchtune 0.6 imports what torchao has
-# not had since 0.16, and PEFT refuses older ones: so torchtune's tests see another torchao.
+# not had since 0.16, and PEFT refuses older ones: so torchtune's tests see another torchao. The extension is built
+# with what requirements.txt brings, so that comes first.
 test-integrations: $(INTEGRATIONS)/built
 	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 	PYTHONPATH=$(INTEGRATIONS)/torchtune $(INTEGRATIONS)/bin/python -m pytest -q tests/integrations/test_torchtune.py
