@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="trl is not installed")
 from bench import convergence  # noqa: E402
 from kd_trainer import assets  # noqa: E402
 from kd_trainer.models import load_pretrained  # noqa: E402
-from trainers import ARGUMENTS, IGNORED, assert_step, truth  # noqa: E402
+from trainers import ARGUMENTS, IGNORED, truth  # noqa: E402
 from transformers_fixtures import NEEDS_SMOLLM2, STORIES260K  # noqa: E402
 
 MODELS = (pytest.param(STORIES260K, id="stories260k"), pytest.param(assets.SMOLLM2, id="smollm2", marks=NEEDS_SMOLLM2))
@@ -69,17 +69,29 @@ def note_what_is_written(trainer) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("whose", ("theirs", "ours"))
-@pytest.mark.parametrize("name", convergence.TRAINERS)
-def test_one_step_is_float64(taught: Taught, name: str, whose: str) -> None:
-    student = convergence.student_of(taught.teacher)
+def step_errors(taught: Taught, name: str, whose: str) -> dict[str, float]:
+    """Of one step, against float64: how far its loss and each gradient are off, relative to their own size."""
     options = ARGUMENTS | dict(per_device_train_batch_size=len(taught.rows))
+    student = convergence.student_of(taught.teacher)
     trainer = convergence.make_trainer(name, whose, student, taught.teacher, taught.rows, **options)
     rows = note_what_is_written(trainer) if name == "DistillationTrainer" else taught.rows
     trainer.add_callback(noted := Noting())
-    loss = trainer.train().training_loss
-    want = taught.truth(rows, "forward_kl" if name == "Trainer" else "jsd(beta=0.5)")
-    assert_step((loss, noted.gradient), want, 1e-5, 1e-4)
+    got = {"the loss": torch.tensor(trainer.train().training_loss)} | noted.gradient
+    loss, gradient = taught.truth(rows, "forward_kl" if name == "Trainer" else "jsd(beta=0.5)")
+    want = {"the loss": torch.tensor(loss, dtype=torch.float64)} | gradient
+    assert set(got) == set(want)
+    return {what: float((got[what].double() - want[what]).norm() / want[what].norm()) for what in want}
+
+
+@pytest.mark.parametrize("name", convergence.TRAINERS)
+def test_one_step_is_float64(taught: Taught, name: str) -> None:
+    """Ours to rounding, or as near as theirs, which in SmolLM2 is up to ten times as far off. The sampled text is the
+    teacher's, which a student of three of its layers does not understand: losses are large."""
+    theirs, ours = (step_errors(taught, name, whose) for whose in ("theirs", "ours"))
+    for what, error in ours.items():
+        rounding = 1e-5 if what == "the loss" else 1e-4
+        assert error < max(rounding, theirs[what]), (what, error, theirs[what])
+        assert theirs[what] < 50 * rounding, (what, theirs[what])  # the same quantity
 
 
 @pytest.mark.parametrize("name", convergence.TRAINERS)
