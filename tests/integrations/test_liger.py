@@ -12,7 +12,7 @@ import liger_interpreted
 from kd_trainer.integrations import liger
 from loss_cases import IGNORED, ROWS, VOCAB, Case, case, check, divergence_rows
 from processes import launch
-from real_cases import CASES, real_case
+from real_cases import CASES, SMOLLM2, real_case
 from transformers_fixtures import STORIES260K
 
 BETAS = (0.0, 0.3, 0.5, 1.0)
@@ -213,7 +213,7 @@ def test_signature_is_ligers(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("at", CASES)
+@pytest.mark.parametrize("at", (*CASES, SMOLLM2))
 def test_same_numbers_as_ligers_chunked_jsd(at, beta: float) -> None:
     """The only one of Liger's that is no Triton kernel: loss and gradients, each as near to float64 as the other."""
     of = at()
