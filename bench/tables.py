@@ -309,7 +309,8 @@ def convergence(results: dict) -> str:
     header = ["teacher, trainer", "loss, means of the first and the last five", "apart at any step by at most"]
     return (
         f"{results['steps']} steps of AdamW in fp32 by their loss and by ours, of one student on the same batches of "
-        f"{results['tokens_a_step']} tokens that the teacher sampled; {results['machine']['model']}, "
+        f"{results['tokens_a_step']} tokens that the teacher sampled (DistillationTrainer: the student); "
+        f"{results['machine']['model']}, "
         f"{_provenance(results)}:\n\n{table(header, rows)}"
     )
 

@@ -1,6 +1,6 @@
 """Distillation as a LightningModule, with any two transformers models that share a tokenizer.
 
-Run: pip install lightning; python examples/lightning_module.py [STUDENT TEACHER]
+Run: pip install ".[integrations]"; python examples/lightning_module.py [STUDENT TEACHER]
 """
 
 import sys
@@ -11,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from kd_trainer.integrations.attach import attach, inspected
 from kd_trainer.integrations.hf import KDOptions, targets_of
+from kd_trainer.integrations.versions import check_versions
+
+check_versions("lightning_module", "lightning", "transformers", "accelerate")
 
 
 class Distillation(lightning.LightningModule):

@@ -388,7 +388,8 @@ def filtered(
         order = prefix
     if min_p:
         order = [v for v in order if tempered[v] >= math.log(min_p)]
-    return [x if v in set(order) else -math.inf for v, x in enumerate(row)] if len(order) < len(row) else row
+    kept = set(order)
+    return [x if v in kept else -math.inf for v, x in enumerate(row)]
 
 
 def group_masses(row: list[float], inverse: float) -> list[tuple[float, float]]:

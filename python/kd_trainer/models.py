@@ -48,20 +48,12 @@ class CausalLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, vocab: int | None = None) -> None:
         super().__init__()
-        where = type(model).__name__
+        check_head(model)
         self.model = model
-        head = model.get_output_embeddings()
-        weight = getattr(head, "weight", None)
-        if weight is None or weight.dim() != 2:
-            fail(
-                "CausalLM", f"get_output_embeddings() of {where}", "a linear head with a 2-d weight, such as lm_head",
-                "none" if head is None else type(head).__name__, "give a model of an AutoModelForCausalLM class",
-            )
-        if model.get_decoder() is model:
-            fail("CausalLM", f"get_decoder() of {where}", "the module below the head", "the model itself")
         self.scale, self.softcap = head_transform(model.config)
-        self.valid_vocab = vocab if vocab is not None and vocab < weight.shape[0] else None
-        self.vocab = self.valid_vocab or weight.shape[0]
+        columns = self.head.weight.shape[0]
+        self.valid_vocab = vocab if vocab is not None and vocab < columns else None
+        self.vocab = self.valid_vocab or columns
         self._check_head()
 
     @property
@@ -179,6 +171,20 @@ class CausalLM(nn.Module):
                 "CausalLM", f"the attention of {type(self.model).__name__}", "by the mask that it is given",
                 f"a relative change of {error:.2g}", "take a model whose layers all attend through a mask",
             )
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raise where a model has no linear head, or no backbone below it, by the names that transformers gives them."""
+    where = type(model).__name__
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None or weight.dim() != 2:
+        fail(
+            "CausalLM", f"get_output_embeddings() of {where}", "a linear head with a 2-d weight, such as lm_head",
+            "none" if head is None else type(head).__name__, "give a model of an AutoModelForCausalLM class",
+        )
+    if model.get_decoder() is model:
+        fail("CausalLM", f"get_decoder() of {where}", "the module below the head", "the model itself")
 
 
 def causal(position_ids: Tensor) -> Tensor:

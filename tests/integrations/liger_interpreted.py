@@ -1,6 +1,6 @@
-"""liger-kernel's losses that are Triton kernels, in Triton's interpreter: ``python liger_interpreted.py FILE`` saves
-loss and gradients of each. A process of its own, because TRITON_INTERPRET is read when Triton is imported. Run by
-test_liger.py."""
+"""liger-kernel's losses that are Triton kernels, in Triton's interpreter: ``python liger_interpreted.py CASES FILE``
+saves loss and gradients of each at each case. A process of its own, because TRITON_INTERPRET is read when Triton is
+imported. Run by test_liger.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import types
 import torch
 from torch import Tensor
 
-from loss_cases import IGNORED, ROWS, VOCAB, Case, case
+from loss_cases import IGNORED, Case
 
 
 def convert_floats() -> None:
@@ -51,9 +51,10 @@ def losses(module) -> dict:
         found[f"LigerTVDLoss {reduction}"] = lambda of, h, w, r=reduction: module.LigerTVDLoss(r)(
             (h @ w.T).softmax(-1), teacher(of).softmax(-1), of.labels
         )
-    ramp = torch.linspace(-1.0, 1.0, ROWS * VOCAB).reshape(ROWS, VOCAB)  # another upstream gradient for every entry
+    ramp = lambda z: torch.linspace(-1.0, 1.0, z.numel()).reshape(z.shape)  # noqa: E731  (another for every entry)
     found["LigerKLDIVLoss none"] = lambda of, h, w: (
-        ramp * module.LigerKLDIVLoss(reduction="none")((h @ w.T).log_softmax(-1), teacher(of).softmax(-1))
+        ramp(teacher(of))
+        * module.LigerKLDIVLoss(reduction="none")((h @ w.T).log_softmax(-1), teacher(of).softmax(-1))
     ).sum()
     return found
 
@@ -90,6 +91,9 @@ if __name__ == "__main__":
     from test_liger import originals
 
     theirs = types.SimpleNamespace(**originals())
-    results: dict[str, object] = {name: taken(loss, case()) for name, loss in losses(theirs).items()}
+    results: dict[object, object] = {
+        (key, name): taken(loss, of)
+        for key, of in torch.load(sys.argv[1], weights_only=False).items() for name, loss in losses(theirs).items()
+    }
     results |= {function.__name__: function(theirs) for function in (jsd_of_a_masked_column, total_variation_of_no_row)}
-    torch.save(results, sys.argv[1])
+    torch.save(results, sys.argv[2])

@@ -12,6 +12,8 @@ import liger_interpreted
 from kd_trainer.integrations import liger
 from loss_cases import IGNORED, ROWS, VOCAB, Case, case, check, divergence_rows
 from processes import launch
+from real_cases import CASES, SMOLLM2, real_case
+from transformers_fixtures import STORIES260K
 
 BETAS = (0.0, 0.3, 0.5, 1.0)
 
@@ -211,9 +213,10 @@ def test_signature_is_ligers(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_same_numbers_as_ligers_chunked_jsd(beta: float) -> None:
+@pytest.mark.parametrize("at", (*CASES, SMOLLM2))
+def test_same_numbers_as_ligers_chunked_jsd(at, beta: float) -> None:
     """The only one of Liger's that is no Triton kernel: loss and gradients, each as near to float64 as the other."""
-    of = case()
+    of = at()
     theirs = originals()["LigerFusedLinearJSDLoss"](0.3, 0.7, beta, temperature=2.0, compiled=False)
     ours = liger.LigerFusedLinearJSDLoss(0.3, 0.7, beta, temperature=2.0)
     results = []
@@ -225,22 +228,29 @@ def test_same_numbers_as_ligers_chunked_jsd(beta: float) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+INTERPRETED = {"random": case, "stories260k": lambda: real_case(STORIES260K)}
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Liger's Triton kernels, in the interpreter."""
     originals()
     here = Path(__file__).resolve().parent
-    file = tmp_path_factory.mktemp("liger") / "results.pt"
+    folder = tmp_path_factory.mktemp("liger")
+    cases, file = folder / "cases.pt", folder / "results.pt"
+    torch.save({name: make() for name, make in INTERPRETED.items()}, cases)
     launch(
-        [str(here / "liger_interpreted.py"), str(file)], processes=1, folders=[str(here), str(here.parent)], timeout=300
+        [str(here / "liger_interpreted.py"), str(cases), str(file)], processes=1, folders=[str(here), str(here.parent)],
+        timeout=300,
     )
     return torch.load(file)
 
 
 @pytest.mark.parametrize("name", liger_interpreted.losses(liger))
-def test_same_numbers_as_ligers_kernels(interpreted, name: str) -> None:
-    ours = liger_interpreted.taken(liger_interpreted.losses(liger)[name], case())
-    torch.testing.assert_close(interpreted[name], ours, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("key", INTERPRETED)
+def test_same_numbers_as_ligers_kernels(interpreted, key: str, name: str) -> None:
+    ours = liger_interpreted.taken(liger_interpreted.losses(liger)[name], INTERPRETED[key]())
+    torch.testing.assert_close(interpreted[key, name], ours, rtol=1e-4, atol=1e-6)
 
 
 # What the module's text says that Liger does and we do not. Were Liger to mend one, the text must follow.

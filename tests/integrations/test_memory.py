@@ -9,7 +9,7 @@ import pytest
 
 from bench import integrations
 
-NEEDS = {"hf": "transformers", "trl_gkd": "trl"}
+NEEDS = {"hf": "transformers", "trl_distillation": "trl", "trl_gkd": "trl", "trl_gold": "trl"}
 
 
 @pytest.mark.parametrize("case", NEEDS)

@@ -10,6 +10,7 @@ import torch
 from kd_kernels import LinearLogits
 from kd_trainer.integrations import torchtune as ours
 from loss_cases import IGNORED, ROWS, case, check
+from real_cases import CASES
 
 PLAIN = ("ForwardKLLoss", "ReverseKLLoss", "SymmetricKLLoss")
 CHUNKED = ("ForwardKLWithChunkedOutputLoss", "ReverseKLWithChunkedOutputLoss", "SymmetricKLWithChunkedOutputLoss")
@@ -109,9 +110,9 @@ def test_signature_is_torchtunes(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_same_numbers_as_torchtune(name: str) -> None:
-    of = case()
-    results = []
+@pytest.mark.parametrize("at", CASES)
+def test_same_numbers_as_torchtune(at, name: str) -> None:
+    of, results = at(), []
     for module in (original(), ours):
         hidden, weight, _ = of.leaves()
         loss = make(module, name)(hidden @ weight.T, of.teacher_logits(torch.float32), of.labels)
@@ -121,8 +122,9 @@ def test_same_numbers_as_torchtune(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHUNKED)
-def test_same_numbers_as_torchtune_in_chunks(name: str) -> None:
-    of, results = case(), []
+@pytest.mark.parametrize("at", CASES)
+def test_same_numbers_as_torchtune_in_chunks(at, name: str) -> None:
+    of, results = at(), []
     split = lambda logits: logits.reshape(2, ROWS // 2, -1).chunk(4, dim=1)  # noqa: E731
     for module in (original(), ours):
         hidden, weight, _ = of.leaves()

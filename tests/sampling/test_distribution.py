@@ -68,17 +68,17 @@ def test_nucleus() -> None:
 
 
 def test_the_far_tail_is_drawn_as_often_as_it_should_be() -> None:
-    """One id far above 262,143 others: together they have 3.3e-4 of the mass, each 1e-9. Uniforms of 24 bits draw far
-    too few."""
-    vocab, gap, draws = 262_144, 20.5, 60_000
+    """One id far above 65,535 others: together they have 3.3e-4 of the mass, each 5e-9. Uniforms of 24 bits, one an id,
+    draw a thirtieth of that."""
+    vocab, gap, draws = 65_536, 19.1, 60_000
     logits = torch.zeros(vocab)
-    logits[77_777] = gap
+    logits[7_777] = gap
     tail = (vocab - 1) / (vocab - 1 + math.exp(gap))
     hits = 0
     for begin in range(0, draws, 2_000):
         positions = torch.arange(begin, begin + 2_000)
         ids = sample(logits.expand(2_000, -1), seed=3, keys=torch.zeros_like(positions), positions=positions).ids
-        hits += int((ids != 77_777).sum())
+        hits += int((ids != 7_777).sum())
     expected = draws * tail
     assert abs(hits - expected) < 4 * math.sqrt(expected), (hits, expected)
 

@@ -12,5 +12,5 @@ module           what it stands in for
 ===============  =====================================================================================================
 
 Nothing is imported here: each module needs its own library, at the versions that it was tested with, and refuses
-others.
+others. :mod:`kd_trainer.integrations.versions` names them; ``pip install ".[integrations]"`` brings them.
 """

@@ -20,11 +20,9 @@ from kd_kernels import KDLoss, LinearLogits, SparseTargets, kd_loss
 from kd_trainer.errors import fail
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.targets import BatchTargets, head_logits, last_hidden
-from kd_trainer.integrations.versions import check_version
-from kd_trainer.models import CausalLM
+from kd_trainer.integrations.versions import check_versions
+from kd_trainer.models import CausalLM, check_head
 from kd_trainer.records import IGNORED
-
-TESTED_PEFT = ("0.21",)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -35,7 +33,7 @@ def base_of(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, "peft_config"):
         return model
-    check_version("attach", "peft", TESTED_PEFT)
+    check_versions("attach", "peft")
     if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
         fail("attach", "the PEFT method", "one that changes weights, such as LoRA", "prompt learning")
     base = model.get_base_model()
@@ -47,12 +45,11 @@ def base_of(model: nn.Module) -> nn.Module:
     return base
 
 
-def inspected(model: nn.Module, valid_vocab: int | None) -> CausalLM:
-    """Head, scale and softcap of a student or a teacher, compared once with its own logits, in the dtype of its
-    weights.
+def with_a_head(model: nn.Module) -> nn.Module:
+    """:func:`base_of` a model, whose head and backbone are where they are looked for.
 
     Raises:
-        ValueError: no head is found; the message says which attributes were looked for.
+        ValueError: they are not; the message says which attributes were looked for.
     """
     base = base_of(model)
     if not hasattr(base, "get_output_embeddings") or not hasattr(base, "get_decoder"):
@@ -61,6 +58,18 @@ def inspected(model: nn.Module, valid_vocab: int | None) -> CausalLM:
             "a transformers causal language model with get_output_embeddings() (lm_head) and get_decoder()",
             "a module without them",
         )
+    check_head(base)
+    return base
+
+
+def inspected(model: nn.Module, valid_vocab: int | None) -> CausalLM:
+    """Head, scale and softcap of a student or a teacher, compared once with its own logits, in the dtype of its
+    weights.
+
+    Raises:
+        ValueError: no head is found, or not one that gives the model's logits.
+    """
+    base = with_a_head(model)
     training, wrapped = base.training, base.__dict__.get("forward")
     if hasattr(base, "_original_forward"):  # what accelerate has wrapped in autocast
         base.forward = base._original_forward

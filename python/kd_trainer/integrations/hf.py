@@ -19,12 +19,9 @@ from kd_trainer.errors import fail
 from kd_trainer.integrations.attach import attach, inspected
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.targets import AdapterOffTargets, BatchTargets, CachedTargets, LiveTargets
-from kd_trainer.integrations.versions import check_version
+from kd_trainer.integrations.versions import check_versions
 from kd_trainer.models import check_same_vocabulary, load_pretrained, load_tokenizer, tokenizer_fingerprint
 from kd_trainer.teachers import open_cache
-
-TESTED = ("5.23",)
-"""transformers' ``major.minor`` that this was tested with."""
 
 ADAPTER_OFF = "adapter-off"
 """``teacher=ADAPTER_OFF``: the PEFT student's own base model."""
@@ -45,7 +42,7 @@ class KDCallback(TrainerCallback):
         ValueError: an option of the trainer that cannot work (it is named), tokenizers or vocabularies that differ, a
             head that is not found.
         CacheError: a cache of another tokenizer, or that lacks sequences of the data set.
-        RuntimeError: transformers or peft of a version that this was not tested with.
+        RuntimeError: transformers, accelerate or peft of a version that this was not tested with.
 
     The model keeps the loss after training; :meth:`detach` gives it its own back. What is saved is the plain model.
     """
@@ -54,7 +51,7 @@ class KDCallback(TrainerCallback):
         self, teacher: str | PreTrainedModel | None = None, options: KDOptions = KDOptions(), *,
         cache: str | None = None
     ) -> None:
-        check_version("KDCallback", "transformers", TESTED)
+        check_versions("KDCallback", "transformers", "accelerate")
         if (teacher is None) == (cache is None):
             fail("KDCallback", "teacher and cache", "one given, not both", "neither" if cache is None else "both")
         self.teacher, self.cache, self.options = teacher, cache, options.filled(divergences.forward_kl())

@@ -28,12 +28,9 @@ from torch import Tensor, nn
 from kd_kernels import LinearLogits, divergences, kd_loss
 from kd_trainer.errors import fail
 from kd_trainer.integrations.rows import jsd_with_end_points, logprobs_of, row_losses
-from kd_trainer.integrations.versions import check_version
+from kd_trainer.integrations.versions import check_versions
 
-TESTED = ("0.8",)
-"""liger-kernel's ``major.minor`` whose signatures these are."""
-
-check_version("kd_trainer.integrations.liger", "liger-kernel", TESTED, required=False)
+check_versions("kd_trainer.integrations.liger", "liger-kernel", required=False)
 
 __all__ = [
     "LigerFusedLinearJSD", "LigerFusedLinearJSDLoss", "LigerFusedLinearKLDivLoss", "LigerJSD", "LigerKLDIVLoss",

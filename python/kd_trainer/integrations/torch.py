@@ -7,6 +7,9 @@
 * ``input`` is normalised (log-probabilities are unchanged by that), and so is a target; torch takes unnormalised ones.
 * No gradient for the target: one that requires grad is refused.
 * :func:`linear_cross_entropy` never holds logits, whatever ``options`` says, and does the same under ``torch.compile``.
+
+The signatures are those of torch 2.13. They need nothing of its own losses, so torch may be as old as the library takes
+(2.11, which has no ``F.linear_cross_entropy``); an older one is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from torch import Tensor, nn
 from kd_kernels import LinearLogits, divergences, kd_loss
 from kd_trainer.errors import check_one_of, fail
 from kd_trainer.integrations.rows import row_losses, without_gradient
+from kd_trainer.integrations.versions import check_torch
+
+check_torch("kd_trainer.integrations.torch")
 
 __all__ = ["KLDivLoss", "kl_div", "linear_cross_entropy"]
 

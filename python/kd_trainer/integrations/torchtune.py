@@ -29,12 +29,9 @@ from torch import Tensor, nn
 from kd_kernels import Divergence, LinearLogits, divergences, kd_loss
 from kd_trainer.errors import fail
 from kd_trainer.integrations.rows import without_gradient
-from kd_trainer.integrations.versions import check_version
+from kd_trainer.integrations.versions import check_versions
 
-TESTED = ("0.6",)
-"""torchtune's ``major.minor`` whose signatures these are."""
-
-check_version("kd_trainer.integrations.torchtune", "torchtune", TESTED, required=False)
+check_versions("kd_trainer.integrations.torchtune", "torchtune", required=False)
 
 __all__ = [
     "ForwardKLLoss", "ForwardKLWithChunkedOutputLoss", "ReverseKLLoss", "ReverseKLWithChunkedOutputLoss",

@@ -41,19 +41,15 @@ from trl.trainer import distillation_trainer
 
 from kd_kernels import LinearLogits
 from kd_trainer.errors import fail
-from kd_trainer.integrations.attach import attach, check_vocabularies, inspected, objective
+from kd_trainer.integrations.attach import attach, check_vocabularies, inspected, objective, with_a_head
 from kd_trainer.integrations.hf import check_arguments, compare_tokenizers, own_tokenizer, targets_of
 from kd_trainer.integrations.options import KDOptions
 from kd_trainer.integrations.rows import jsd_with_end_points
 from kd_trainer.integrations.targets import gathered, reduced
-from kd_trainer.integrations.versions import check_version
+from kd_trainer.integrations.versions import check_versions
 from kd_trainer.models import tokenizer_fingerprint
 
-TESTED = ("1.16",)
-"""TRL's ``major.minor`` that this was tested with."""
-
-check_version("kd_trainer.integrations.trl", "trl", TESTED)
-check_version("kd_trainer.integrations.trl", "transformers", ("5.23",))
+check_versions("kd_trainer.integrations.trl", "trl", "transformers", "accelerate")
 
 __all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer", "KDLossMixin", "KDOptions", "kd_losses"]
 
@@ -131,6 +127,9 @@ def _initialise(init, trainer, kd: KDOptions, cache: str | None, args: tuple, kw
     loss_temperature = 1.0 if isinstance(trainer, TRLGKDTrainer) else config.temperature
     options = kd.filled(jsd_with_end_points(where, "beta", config.beta), loss_temperature)
     teacher = given.get("teacher_model")
+    for model in (given["model"], teacher):
+        if isinstance(model, nn.Module):  # a name is loaded with a head, or not at all
+            with_a_head(model)
     fingerprint = None
     if cache is not None:
         if is_distillation:
