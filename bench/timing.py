@@ -14,11 +14,11 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 40
 
 def interleaved(
     calls: Mapping[str, Callable[[], object]], device: Device, *, seconds: float,
-    before_each: Callable[[], object] = lambda: None,
+    before_each: Callable[[], object] = lambda: None, min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, list[float]]:
     """Milliseconds by name, one a round. Warm-up calls (see :class:`Device`) are not among them.
 
-    Rounds go on for ``seconds``, but for at least three and at most forty. ``before_each`` is not timed.
+    Rounds go on for ``seconds``, but for at least ``min_rounds`` and at most forty. ``before_each`` is not timed.
     """
     names = list(calls)
 
@@ -38,7 +38,7 @@ def interleaved(
     gc.freeze()  # collections go on, for a call may leave memory in cycles, but only look at what is new
     try:
         end = time.perf_counter() + seconds
-        while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() < end):
+        while len(rounds) < min_rounds or (len(rounds) < MAX_ROUNDS and time.perf_counter() < end):
             rounds.append(round_from(len(rounds) % len(names)))
     finally:
         gc.unfreeze()

@@ -142,10 +142,12 @@ template <class S> void define_token_stats(py::module_& m, const char* name) {
 }
 
 template <class S>
-void sample(const RawTuple& logits, int64_t rows, int64_t vocab, Address seeds, Address keys, Address positions, Address inverse,
-            Address top_k, Address top_p, Address min_p, Address given, uint32_t race, Address ids, Address logprobs,
-            Address model_logprobs, Address entropy, Address lse, int threads) {
-  const kd::Sampling<S> job{rows, vocab, raw_logits<S>(logits), pointer<const int64_t>(seeds), pointer<const int64_t>(keys),
+void sample(const RawTuple& logits, int64_t rows, int64_t vocab, int64_t first_column, int64_t columns, Address picked,
+            Address running, Address seeds, Address keys, Address positions, Address inverse, Address top_k, Address top_p,
+            Address min_p, Address given, uint32_t race, Address ids, Address logprobs, Address model_logprobs, Address entropy,
+            Address lse, int threads) {
+  const kd::Sampling<S> job{rows, vocab, raw_logits<S>(logits), first_column, columns, pointer<const int64_t>(picked),
+                            pointer<kd::Running<S>>(running), pointer<const int64_t>(seeds), pointer<const int64_t>(keys),
                             pointer<const int64_t>(positions), pointer<const S>(inverse), pointer<const int64_t>(top_k),
                             pointer<const double>(top_p), pointer<const double>(min_p), pointer<const int64_t>(given), race,
                             pointer<int64_t>(ids), pointer<S>(logprobs), pointer<S>(model_logprobs), pointer<S>(entropy),
@@ -155,9 +157,10 @@ void sample(const RawTuple& logits, int64_t rows, int64_t vocab, Address seeds, 
 
 template <class S> void define_sample(py::module_& m, const char* name) {
   m.def(name, &sample<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("logits"), py::arg("rows"),
-        py::arg("vocab"), py::arg("seeds"), py::arg("keys"), py::arg("positions"), py::arg("inverse"), py::arg("top_k"),
-        py::arg("top_p"), py::arg("min_p"), py::arg("given"), py::arg("race"), py::arg("ids"), py::arg("logprobs"),
-        py::arg("model_logprobs"), py::arg("entropy"), py::arg("lse"), py::arg("threads"));
+        py::arg("vocab"), py::arg("first_column"), py::arg("columns"), py::arg("picked"), py::arg("running"),
+        py::arg("seeds"), py::arg("keys"), py::arg("positions"), py::arg("inverse"), py::arg("top_k"), py::arg("top_p"),
+        py::arg("min_p"), py::arg("given"), py::arg("race"), py::arg("ids"), py::arg("logprobs"), py::arg("model_logprobs"),
+        py::arg("entropy"), py::arg("lse"), py::arg("threads"));
 }
 
 template <class S>
@@ -275,6 +278,8 @@ PYBIND11_MODULE(_C, m) {
   define_topk<double>(m, "topk_rows_fp64");
   define_token_stats<float>(m, "token_stats_fp32");
   define_token_stats<double>(m, "token_stats_fp64");
+  m.attr("sample_bytes_fp32") = sizeof(kd::Running<float>);
+  m.attr("sample_bytes_fp64") = sizeof(kd::Running<double>);
   define_sample<float>(m, "sample_fp32");
   define_sample<double>(m, "sample_fp64");
   define_sampled_targets<float>(m, "sampled_targets_fp32");

@@ -70,6 +70,9 @@ class Head(ABC):
         """As autocast wants it."""
         return x if self.autocast is None else x.to(self.autocast)
 
+    def borrow(self, wider: Head) -> None:  # noqa: B027  (most hold none)
+        """Use the scratch of a head of as many columns or more."""
+
     def close(self) -> None:  # noqa: B027  (most hold none)
         """Give the scratch back."""
 
@@ -111,6 +114,10 @@ class CpuHead(Head):
     def _widened(self) -> Tensor:
         """``fixed_bytes`` of memory for all tiles: one that is freed leaves a hole in which the next has no room."""
         return torch.empty(self.fixed_bytes // self.dtype.itemsize, dtype=self.dtype)
+
+    def borrow(self, wider: Head) -> None:
+        if self.widens:
+            vars(self)["_widened"] = wider._widened
 
     def close(self) -> None:
         vars(self).pop("_widened", None)

@@ -36,34 +36,42 @@ struct Falling {
   template <class S> bool operator()(S a, S b) const { return a > b; }
 };
 
-template <class S> KD_INLINE S sum_by_halving(S* terms) {
-  for (int half = kGroupIds / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) terms[j] += terms[j + half];
-  return terms[0];
+// Sum of e^((z - top) r) over a group, the terms added by halving. With `weighted`, at r = 1, also of e^(z - top) (z - top): for
+// the entropy.
+template <class S> KD_INLINE S sum_group(const S* z, S top, S r, double* weighted) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t width = Lanes<S>::width, count = kGroupIds / width;
+  const V shift = V{} + (top > -kInf<S> ? top : S{}), inverse = V{} + r;
+  V terms[count], products{};
+  for (int64_t i = 0; i < count; ++i) {
+    const V gap = load<V>(z + i * width) - shift;
+    terms[i] = exp_fall(gap * inverse);
+    if (weighted) products += where(gap > splat<V>(-1e30), terms[i] * gap, V{});
+  }
+  if (weighted) *weighted = lane_sum(products);
+  for (int64_t half = count / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) terms[i] += terms[i + half];
+  S lanes[width];
+  store(lanes, terms[0]);
+  for (int64_t half = width / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
-// Returns the row's maximum. With `weighted`, also each group's sum of exp(z - m) (z - m): for the entropy, at r = 1.
+// The logits of the group that begins with z: those of a row that ends in it are copied, and -inf takes the place of the rest.
+template <class S> KD_INLINE const S* whole_group(const S* z, int64_t ids, S* copy) {
+  if (ids >= kGroupIds) return z;
+  std::fill(std::copy(z, z + ids, copy), copy + kGroupIds, -kInf<S>);
+  return copy;
+}
+
+// Returns the row's maximum. `weighted`: null, or of each group as in sum_group.
 template <class S> S add_groups(const S* z, int64_t n, S r, Groups<S>& groups, double* weighted) {
-  S max = -kInf<S>;
-  alignas(64) S terms[kGroupIds];
+  S max = -kInf<S>, last[kGroupIds];
   for (int64_t g = 0; g < groups.count(); ++g) {
-    const int64_t begin = g * kGroupIds, end = std::min(begin + kGroupIds, n);
-    const S top = block_max(z, begin, end), shift = top > -kInf<S> ? top : S{};
-    if (end - begin < kGroupIds) std::fill(terms, terms + kGroupIds, S{});
-    typename Lanes<S>::V lanes{};
-    double rest = 0;
-    over_columns<S>(begin, end, [&](auto lane, int64_t v) {
-      using T = decltype(lane);
-      const T gap = load<T>(z + v) - (T{} + shift), e = exp(gap * (T{} + r));
-      store(terms + (v - begin), e);
-      if (!weighted) return;
-      const T product = where(gap > splat<T>(-1e30), e * gap, T{});
-      if constexpr (sizeof(T) == sizeof(lanes)) lanes += product;
-      else rest += product;
-    });
-    groups.top[g] = top;
-    groups.sum[g] = sum_by_halving(terms);
-    if (weighted) weighted[g] = lane_sum(lanes) + rest;
+    const S* group = whole_group(z + g * kGroupIds, n - g * kGroupIds, last);
+    const S top = groups.top[g] = block_max(group, 0, kGroupIds);
+    groups.sum[g] = weighted ? sum_group(group, top, r, weighted + g) : sum_group<S>(group, top, r, nullptr);
     max = top > max ? top : max;
   }
   return max;
@@ -80,10 +88,18 @@ template <class S> double total(const Groups<S>& groups, S max, double r) {
 // The ids with a logit of at least `bound`, but those that are masked.
 template <class S> void collect(const S* z, int64_t n, const Groups<S>& groups, S bound, std::vector<Kept<S>>& kept) {
   kept.clear();
+  using V = typename Lanes<S>::V;
+  constexpr int64_t width = Lanes<S>::width;
+  S last[kGroupIds];
   for (int64_t g = 0; g < groups.count(); ++g) {
     if (!(groups.top[g] >= bound) || groups.sum[g] == 0) continue;
-    for (int64_t v = g * kGroupIds, end = std::min(v + kGroupIds, n); v < end; ++v)
-      if (z[v] >= bound && z[v] > -kInf<S>) kept.push_back({z[v], v, 0.0});
+    const int64_t first = g * kGroupIds;
+    const S* group = whole_group(z + first, n - first, last);
+    for (int64_t v = 0; v < kGroupIds; v += width)
+      for (uint32_t left = ~lanes_above(V{} + bound, load<V>(group + v)) & ((1u << width) - 1); left != 0; left &= left - 1) {
+        const int64_t id = v + __builtin_ctz(left);
+        if (group[id] > -kInf<S>) kept.push_back({group[id], first + id, 0.0});
+      }
   }
 }
 

@@ -1,7 +1,9 @@
-// One id a row: a race between groups of 128 ids, and a pick inside of the one that wins. Each logit is read once for the sums of
-// the model's own distribution and once for those at the row's temperature, group by group while they are in the first-level
-// cache. Filters look at the groups' maxima first, so that only ids near the cut are ever compared; nothing is sorted whole.
+// One id a row: a race between groups of 128 ids, and a pick inside of the one that wins. Without filters a row is met panel by
+// panel, each logit once, while it is in cache; of what has passed, the group that leads is kept. Filters need whole rows. They
+// look at the groups' maxima first, so that only ids near the cut are ever compared; nothing is sorted whole.
 #include "sampling.h"
+
+#include <memory>
 
 #include "groups.h"
 
@@ -13,6 +15,127 @@ constexpr int64_t kSmallRow = 4096;  // of so many ids, all are compared
 constexpr int64_t kFew = 256;        // ids inside of a bracket that is no longer halved
 constexpr double kDeepest = 128;     // nats below the maximum: what lies deeper has no mass in fp32
 
+template <class S> Place place_of(const Sampling<S>& job, int64_t row) {
+  return {static_cast<uint64_t>(job.seeds[row]), static_cast<uint64_t>(job.keys[row]), static_cast<uint32_t>(job.positions[row])};
+}
+
+// More than ln x, for a normal x > 0, by 0.71 at most.
+KD_INLINE double log_bound(double x) {
+  const auto exponent = static_cast<int64_t>(bit_cast<uint64_t>(x) >> 52) - 1023;
+  return (static_cast<double>(exponent) + 1.01) * 0.69314718055994531;
+}
+
+// Lets a group of sum s race, v its uniform. True: it leads now. Two groups are compared by themselves, so that the maximum of the
+// row need not be known. e >= v gives a bound of the score: nearly all groups need no logarithm.
+template <class S> KD_INLINE bool join_race(Leader<S>& leader, S top, S sum, double v, int64_t group, double r) {
+  if (sum == 0) return false;
+  const double rise = leader.group < 0 ? 0 : (static_cast<double>(top) - leader.top) * r;
+  if (leader.group >= 0 && rise + log_bound(sum / v) <= leader.height) return false;
+  const double height = std::log(sum / -std::log1p(-v));
+  if (leader.group >= 0 && !(rise + height > leader.height)) return false;
+  leader = {top, height, group};
+  return true;
+}
+
+// The id of the winning group that is drawn, z its logits.
+template <class S> int64_t pick(const S* z, int64_t ids, S top, double r, int64_t group, uint32_t purpose, const Place& place) {
+  double running[kGroupIds], sum = 0;
+  for (int64_t v = 0; v < ids; ++v) running[v] = sum += std::exp((z[v] - static_cast<double>(top)) * r);
+  const double target = uniform(place.words(purpose, static_cast<uint32_t>(group / 4)).w[group % 4]) * sum;
+  int64_t v = 0;
+  while (running[v] <= target) ++v;
+  return group * kGroupIds + v;
+}
+
+template <class S> void write_nothing(const Sampling<S>& job, int64_t row) {
+  const S nan = std::numeric_limits<S>::quiet_NaN();
+  job.ids[row] = -1;
+  job.logprobs[row] = job.model_logprobs[row] = nan;
+  if (job.entropy) job.entropy[row] = job.lse[row] = nan;
+}
+
+// A row without filters.
+template <class S> class Stream {
+ public:
+  Stream(const Sampling<S>& job, int64_t row)
+      : job_(job), row_(row), at_(job.running[row]), r_(job.inverse[row]), is_drawn_(r_ < kInf<double>),
+        is_tempered_(is_drawn_ && r_ != 1) {}
+
+  // The columns of the job. Each group is added by itself, so that no result depends on how a row is cut into panels.
+  void add(const S* z) {
+    if (job_.first_column == 0) at_ = {-kInf<S>, -kInf<S>, 0, 0, 0, 0, {S{}, 0, -1}, {}};
+    if (job_.given) {
+      const int64_t column = job_.given[row_] - job_.first_column;
+      if (column >= 0 && column < job_.columns) at_.given = z[column];
+    }
+    const Place place = place_of(job_, row_);
+    Words words{};
+    S last[kGroupIds];
+    for (int64_t begin = 0; begin < job_.columns; begin += kGroupIds) {
+      const int64_t group = (job_.first_column + begin) / kGroupIds;
+      const S* ids = whole_group(z + begin, job_.columns - begin, last);
+      const S top = block_max(ids, 0, kGroupIds);
+      double weighted = 0;
+      const S own = job_.entropy ? sum_group(ids, top, S{1}, &weighted) : sum_group<S>(ids, top, S{1}, nullptr);
+      const S tempered = is_tempered_ ? sum_group<S>(ids, top, static_cast<S>(r_), nullptr) : own;
+      if (top > at_.max) raise(top, group, ids);
+      if (own != 0) {
+        const double fall = static_cast<double>(top) - at_.max, share = std::exp(fall);
+        at_.own += share * own;
+        at_.weighted += share * (weighted + fall * own);
+        if (is_tempered_) at_.tempered += std::exp(fall * r_) * tempered;
+      }
+      if (!is_drawn_ || job_.given) continue;
+      if (begin == 0 || group % 4 == 0) words = place.words(job_.race, static_cast<uint32_t>(group / 4));
+      if (join_race(at_.leader, top, tempered, uniform(words.w[group % 4]), group, r_))
+        std::copy(ids, ids + kGroupIds, at_.winner);
+    }
+  }
+
+  void finish() {
+    if (!(at_.own > 0 && at_.own < kInf<double>) || std::isnan(r_)) return write_nothing(job_, row_);
+    const double log_sum = std::log(at_.own);
+    int64_t id = at_.best;
+    S logit = at_.max;
+    if (job_.given) {
+      id = job_.given[row_];
+      logit = at_.given;
+    } else if (is_drawn_) {
+      const Leader<S>& leader = at_.leader;
+      id = pick(at_.winner, kGroupIds, leader.top, r_, leader.group, job_.race + 1, place_of(job_, row_));
+      logit = at_.winner[id % kGroupIds];
+    }
+    const double fall = static_cast<double>(logit) - at_.max;
+    const double greedy = id == at_.best ? 0.0 : -kInf<double>;
+    const double drawn = is_tempered_ ? fall * r_ - std::log(at_.tempered) : fall - log_sum;
+    job_.ids[row_] = id;
+    job_.logprobs[row_] = static_cast<S>(is_drawn_ ? drawn : greedy);
+    job_.model_logprobs[row_] = static_cast<S>(fall - log_sum);
+    if (!job_.entropy) return;
+    job_.entropy[row_] = static_cast<S>(log_sum - at_.weighted / at_.own);
+    job_.lse[row_] = static_cast<S>(at_.max + log_sum);
+  }
+
+ private:
+  void raise(S top, int64_t group, const S* ids) {
+    if (at_.max > -kInf<S>) {
+      const double fall = static_cast<double>(at_.max) - top, share = std::exp(fall);
+      at_.weighted = share * (at_.weighted + fall * at_.own);
+      at_.own *= share;
+      at_.tempered *= std::exp(fall * r_);
+    }
+    at_.max = top;
+    at_.best = group * kGroupIds + first_index_of(ids, top, kGroupIds);
+  }
+
+  const Sampling<S>& job_;
+  const int64_t row_;
+  Running<S>& at_;
+  const double r_;
+  const bool is_drawn_, is_tempered_;
+};
+
+// A whole row.
 template <class S> class Row {
  public:
   explicit Row(const Sampling<S>& job)
@@ -22,7 +145,7 @@ template <class S> class Row {
   void draw(int64_t row, const S* z) {
     const S max = add_groups(z, n_, S{1}, own_, job_.entropy ? weighted_.data() : nullptr);
     const double sum = total(own_, max, 1.0), r = job_.inverse[row];
-    if (!(sum > 0 && sum < kInf<double>) || std::isnan(r)) return write_nothing(row);
+    if (!(sum > 0 && sum < kInf<double>) || std::isnan(r)) return write_nothing(job_, row);
     if (job_.entropy) write_stats(row, max, sum);
     const bool is_greedy = r == kInf<double>;
     const bool is_filtered = !is_greedy && filter(row, z, max, r);
@@ -37,9 +160,12 @@ template <class S> class Row {
       const bool is_own = !is_filtered && job_.inverse[row] == 1;
       if (!is_own) add_groups(left, n_, job_.inverse[row], tempered_, nullptr);
       const Groups<S>& groups = is_own ? own_ : tempered_;
-      const Place place{static_cast<uint64_t>(job_.seeds[row]), static_cast<uint64_t>(job_.keys[row]),
-                        static_cast<uint32_t>(job_.positions[row])};
-      if (!job_.given) id = pick(left, race(groups, max, r, place), groups, r, place);
+      if (!job_.given) {
+        const Place place = place_of(job_, row);
+        const Leader<S> leader = race(groups, r, place);
+        const int64_t begin = leader.group * kGroupIds;
+        id = pick(left + begin, std::min<int64_t>(kGroupIds, n_ - begin), leader.top, r, leader.group, job_.race + 1, place);
+      }
       logprob = (static_cast<double>(left[id]) - max) * r - std::log(total(groups, max, r));
     }
     job_.ids[row] = id;
@@ -48,13 +174,6 @@ template <class S> class Row {
   }
 
  private:
-  void write_nothing(int64_t row) {
-    const S nan = std::numeric_limits<S>::quiet_NaN();
-    job_.ids[row] = -1;
-    job_.logprobs[row] = job_.model_logprobs[row] = nan;
-    if (job_.entropy) job_.entropy[row] = job_.lse[row] = nan;
-  }
-
   void write_stats(int64_t row, S max, double sum) {
     double products = 0;
     for (int64_t g = 0; g < own_.count(); ++g) {
@@ -65,29 +184,14 @@ template <class S> class Row {
     job_.lse[row] = static_cast<S>(max + std::log(sum));
   }
 
-  int64_t race(const Groups<S>& groups, S max, double r, const Place& place) const {
-    double best = -kInf<double>;
-    int64_t winner = 0;
+  Leader<S> race(const Groups<S>& groups, double r, const Place& place) const {
+    Leader<S> leader{S{}, 0, -1};
     Words words{};
     for (int64_t g = 0; g < groups.count(); ++g) {
       if (g % 4 == 0) words = place.words(job_.race, static_cast<uint32_t>(g / 4));
-      if (groups.sum[g] == 0) continue;
-      const double exponential = -std::log1p(-uniform(words.w[g % 4]));
-      const double score = (static_cast<double>(groups.top[g]) - max) * r + std::log(groups.sum[g] / exponential);
-      if (score > best) best = score, winner = g;
+      join_race(leader, groups.top[g], groups.sum[g], uniform(words.w[g % 4]), g, r);
     }
-    return winner;
-  }
-
-  int64_t pick(const S* z, int64_t group, const Groups<S>& groups, double r, const Place& place) const {
-    const int64_t begin = group * kGroupIds, end = std::min(begin + kGroupIds, n_);
-    const double top = groups.top[group];
-    double running[kGroupIds], sum = 0;
-    for (int64_t v = begin; v < end; ++v) running[v - begin] = sum += std::exp((z[v] - top) * r);
-    const double target = uniform(place.words(job_.race + 1, static_cast<uint32_t>(group / 4)).w[group % 4]) * sum;
-    int64_t v = begin;
-    while (running[v - begin] <= target) ++v;
-    return v;
+    return leader;
   }
 
   // Writes to masked_ the ids that the filters leave; false: they leave all.
@@ -163,7 +267,7 @@ template <class S> class Row {
       typename Lanes<S>::V lanes{};
       over_columns<S>(begin, std::min(begin + kBlock, n_), [&](auto lane, int64_t v) {
         using T = decltype(lane);
-        const T e = exp((load<T>(z + v) - (T{} + max)) * (T{} + r));
+        const T e = exp_fall((load<T>(z + v) - (T{} + max)) * (T{} + r));
         store(weights_.data() + v, e);
         if constexpr (sizeof(T) == sizeof(lanes)) lanes += e;
         else sum += e;
@@ -237,10 +341,21 @@ template <class S> class Row {
 template <class S> void all_rows(const Sampling<S>& job) {
 #pragma omp parallel num_threads(threads_for(job.rows, job.threads))
   {
-    Scratch<S> scratch(job.logits.is_plain() ? 0 : job.vocab);
-    Row<S> state(job);
+    Scratch<S> scratch(job.logits.is_plain() ? 0 : job.columns);
+    std::unique_ptr<Row<S>> whole;
+    if (!job.running) whole = std::make_unique<Row<S>>(job);
 #pragma omp for schedule(dynamic)
-    for (int64_t row = 0; row < job.rows; ++row) state.draw(row, tempered(job.logits, row, 1.0, scratch.data, job.vocab));
+    for (int64_t row = 0; row < job.rows; ++row) {
+      const int64_t place = job.picked ? job.picked[row] : row;
+      const S* z = tempered(job.logits, place, 1.0, scratch.data, job.columns);
+      if (whole) {
+        whole->draw(row, z);
+        continue;
+      }
+      Stream<S> stream(job, row);
+      stream.add(z);
+      if (job.first_column + job.columns == job.vocab) stream.finish();
+    }
   }
 }
 

@@ -1,13 +1,33 @@
 // Draws from rows of logits, as kd_kernels/sampling/DRAWS.md defines them.
 #pragma once
 
+#include "kd/philox.h"
 #include "raw_logits.h"
 
 namespace kd {
 
+// The group that leads a race: its maximum, log(s / e) of DRAWS.md, and its number.
+template <class S> struct Leader {
+  S top;
+  double height;
+  int64_t group;  // -1: none yet
+};
+
+// What is known of a row without filters between two panels. Sums are relative to the maximum.
+template <class S> struct Running {
+  S max, given;                    // `given`: the logit of the id that is scored
+  int64_t best;                    // the first id with that maximum
+  double own, weighted, tempered;  // of e^(z - max); of that times z - max; of e^((z - max) / T)
+  Leader<S> leader;
+  S winner[kGroupIds];             // logits of the group that leads
+};
+
 template <class S> struct Sampling {
   int64_t rows, vocab;
-  RawLogits<S> logits;
+  RawLogits<S> logits;    // of `columns` ids from `first_column` on: a panel of whole groups, or all
+  int64_t first_column, columns;
+  const int64_t* picked;  // [rows]: which rows of the logits; null: the first
+  Running<S>* running;    // [rows], for panels in rising order; null: the rows are whole, and there may be filters
   // [rows] each
   const int64_t *seeds, *keys, *positions;
   const S* inverse;       // 1 / temperature; inf: temperature 0; NaN: no distribution

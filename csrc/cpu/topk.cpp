@@ -13,10 +13,6 @@
 
 #include "kd/simd.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace kd {
 namespace KD_ISA {
 namespace {
@@ -35,22 +31,6 @@ struct Better {
     return (a.logit > b.logit) | ((a.logit == b.logit) & (a.id < b.id));
   }
 };
-
-// Bit i is set where lane i of x is above the bound.
-KD_INLINE uint32_t lanes_above(FloatVector x, FloatVector bound) {
-#if KD_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ);
-#elif KD_VECTOR_BYTES == 32 && defined(__AVX__)
-  return _mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_GT_OQ));
-#elif KD_VECTOR_BYTES == 16 && defined(__SSE__)
-  return _mm_movemask_ps(_mm_cmpgt_ps(x, bound));
-#else
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < Lanes<float>::width; ++i) bits |= static_cast<uint32_t>(x[i] > bound[i]) << i;
-  return bits;
-#endif
-}
-KD_INLINE uint32_t lanes_above(double x, double bound) { return x > bound; }
 
 // What is known of a row between two panels. The tail's sums are of exp((z - reference) / T), at T = 1 first.
 template <class S> class Row {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from kd_kernels import _backend, _check, products
 from kd_kernels.logits import Logits, check_dense, leading_shape, vocab
+from kd_kernels.products import RawRows
 from kd_kernels.sampling import driver, philox, residual
 from kd_kernels.sampling.arguments import CHECKS, Place, Rows, Warp, autocast_name, check_budget, check_vocab
 from kd_kernels.sampling.driver import IMPLEMENTATIONS, Call
+from kd_kernels.sampling.reference import RowSamples
 from kd_kernels.stats import driver as stats
+from kd_kernels.stats.reference import RowStats
 
 WHERE = "accept_or_resample"
 RULES = ("top_k", "speculative")
@@ -62,9 +66,9 @@ def accept_or_resample(
         normalised. If drafts are distributed as q, the ids are distributed as p.
 
     Rows are independent: the caller who tests several drafts of one sequence discards what follows the first that was
-    refused. Only refused rows are drawn anew; they are gathered first. A replacement is the draw of
-    ``sample(..., purpose="resample")`` at the row's seed, key and position, whichever other rows were refused, and
-    shares no words with the draft's own draw nor with its test (``DRAWS.md`` beside this file, section 7).
+    refused. Only refused rows are drawn anew. A replacement is the draw of ``sample(..., purpose="resample")`` at the
+    row's seed, key and position, whichever other rows were refused, and shares no words with the draft's own draw nor
+    with its test (``DRAWS.md`` beside this file, section 7).
 
     Args:
         drafts: int64 or int32, ids in 0..V-1, of the rows' shape.
@@ -88,9 +92,10 @@ def accept_or_resample(
     Numerics: as :func:`sample` and :func:`token_stats`. p - q is taken in fp64. Where rounding leaves max(p - q, 0)
     without any id (p = q), the id is drawn from p.
 
-    Cost: "top_k", a product of the head and a reading of the logits for all N rows, and both again for the refused
-    ones. "speculative", likewise for both models; a refused row also takes about 230 V bytes of fp64 temporaries in
-    torch operations, and two sorts where there are filters. Waits for a GPU twice.
+    Cost: "top_k", a product of the head and a reading of the logits for all N rows; for the refused ones another
+    reading ("cpp"), or both again. "speculative", both for all rows of both models, and again for the refused ones; a
+    refused row also takes about 230 V bytes of fp64 temporaries in torch operations, and two sorts where there are
+    filters. Waits for a GPU twice.
 
     Source: Xu et al. 2024, "Speculative Knowledge Distillation", arXiv 2410.11325, algorithm 1; Leviathan et al. 2022,
     "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1.
@@ -180,18 +185,51 @@ def _of(rows: Tensor, place: Place) -> Place:
 
 def _test_rank(drafts: Tensor, teacher: Logits, k: int, place: Place, warp: Warp, options: _Options) -> tuple:
     """The fields of :class:`Accepted`, ``[N]``."""
-    found = stats.walk(
-        WHERE, products.flattened(teacher), drafts, autocast=options.autocast_dtype,
-        max_scratch_bytes=options.max_scratch_bytes, backend=options.backend,
-    )
-    accepted = (found.rank >= 0) & (found.rank < k)
+    is_accepted = lambda rank: (rank >= 0) & (rank < k)  # noqa: E731
+    if options.backend == "cpp":
+        found, drawn = _ranks_and_draws(drafts, teacher, is_accepted, place, warp, options)
+    else:
+        found = stats.walk(
+            WHERE, products.flattened(teacher), drafts, autocast=options.autocast_dtype,
+            max_scratch_bytes=options.max_scratch_bytes, backend=options.backend,
+        )
+        refused = (~is_accepted(found.rank)).nonzero()[:, 0]
+        drawn = driver.run(*options.call("teacher", teacher), _of(refused, place), warp.of(refused), rows=refused)
+    accepted = is_accepted(found.rank)
     refused = (~accepted).nonzero()[:, 0]
-    drawn = driver.run(*options.call("teacher", teacher), _of(refused, place), warp.of(refused), rows=refused)
     logprobs = torch.full_like(found.logprob, torch.nan).index_copy_(0, refused, drawn.logprobs)
     return (
         drafts.index_copy(0, refused, drawn.ids), accepted, logprobs,
         found.logprob.index_copy(0, refused, drawn.model_logprobs), found.rank,
     )
+
+
+def _ranks_and_draws(
+    drafts: Tensor, teacher: Logits, is_accepted: Callable[[Tensor], Tensor], place: Place, warp: Warp,
+    options: _Options,
+) -> tuple[RowStats, RowSamples]:
+    """Statistics of all rows, and draws of those that are refused, out of the same logits: the kernels of a CPU can
+    pick rows of a chunk where they are."""
+    noun, call = options.call("teacher", products.flattened(teacher))
+    tensors, rows_of = products.tensors_of(noun), driver.implementation(call.backend)
+    dtype = products.work_dtype(*tensors)
+    parts = [driver.new_samples(tensors, 0)]
+
+    def draw(found: RowStats, begin: int, chunk: RawRows) -> None:
+        picked = (~is_accepted(found.rank)).nonzero()[:, 0]
+        rows = begin + picked
+        part = driver.new_samples(tensors, len(rows))
+        request = driver.request_of(_of(rows, place), warp.of(rows), dtype, call.race)
+        rows_of.sample_rows(chunk, request, part, picked)
+        if call.check == "raise":
+            driver.check_rows(call, part.ids, {}, noun, rows, dtype, options.autocast_dtype)
+        parts.append(part)
+
+    found = stats.walk(
+        WHERE, noun, drafts, autocast=options.autocast_dtype, max_scratch_bytes=call.max_scratch_bytes,
+        backend=call.backend, each_chunk=draw, fixed_bytes=rows_of.scratch(call.columns, dtype)[1],
+    )
+    return found, RowSamples(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts)))
 
 
 def _test_ratio(

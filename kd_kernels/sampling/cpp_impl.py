@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kd_kernels import products
 from kd_kernels._backend import extension
+from kd_kernels.logits import Logits, vocab
 from kd_kernels.products import RawRows
 from kd_kernels.sampling.reference import Request, RowSamples, RowTargets, TargetRequest
 
@@ -19,14 +21,54 @@ def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     return 0, torch.get_num_threads() * columns * (2 * dtype.itemsize + 24)
 
 
-def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
-    """Draws and scores a chunk. Bytes: reads C V elements of the work dtype, twice at temperatures other than 1."""
+def sample_rows(rows: RawRows, request: Request, out: RowSamples, picked: Tensor | None = None) -> None:
+    """Draws and scores a chunk of whole rows, or those ``picked`` (int64 ``[R]``) of it alone. Bytes: reads R V
+    elements of the work dtype; with top_p once more for every time that a bracket of its cut is halved."""
+    _run(rows, request, out, rows.raw.shape[1], picked=picked)
+
+
+def sample_panels(
+    where: str, noun: Logits, picked: Tensor | None, dtype: torch.dtype, autocast: torch.dtype | None,
+    max_scratch_bytes: int | None, request: Request, out: RowSamples,
+) -> None:
+    """Draws and scores the rows of a noun (``picked``: of those rows alone), without filters, panel by panel: a product
+    is still in cache when it is read, and memory for whole rows of logits need not be got from the system."""
+    columns, count = vocab(noun), out.ids.shape[0]
+    is_whole = isinstance(noun, Tensor) or products.needs_whole_rows(noun)
+    width = columns if is_whole else products.panel_columns(count, columns)
+    row_bytes = getattr(extension(), "sample_bytes_" + PRECISIONS[dtype])
+    panel = lambda first, last: products.source(  # noqa: E731
+        products.columns_of(noun, first, last), picked, dtype, autocast=autocast
+    )
+    widest = panel(0, width)
+    fitting = products.rows_per_chunk(
+        where, count, widest.bytes_per_row + row_bytes,
+        widest.fixed_bytes + torch.get_num_threads() * width * dtype.itemsize, max_scratch_bytes, noun.device,
+    )
+    step = products.panel_rows(count, fitting)
+    widest.open(step)
+    running = torch.empty(step * row_bytes, dtype=torch.uint8)
+    for begin in range(0, count, step):
+        here = slice(begin, min(begin + step, count))
+        part, part_out = (request, out) if step >= count else (request.of(here), out.of(here))
+        for first in range(0, columns, width):
+            rows = widest
+            if first > 0:
+                rows = panel(first, min(first + width, columns))
+                rows.borrow(widest)
+            _run(rows.chunk(begin, here.stop), part, part_out, columns, first, running)
+
+
+def _run(
+    rows: RawRows, request: Request, out: RowSamples, vocab: int, first_column: int = 0, running: Tensor | None = None,
+    picked: Tensor | None = None,
+) -> None:
     run = getattr(extension(), "sample_" + PRECISIONS[rows.raw.dtype])
-    tensors = request._asdict() | out._asdict()
+    tensors = request._asdict() | out._asdict() | {"running": running, "picked": picked}
     race = tensors.pop("race")
     run(
-        logits=rows.addresses(), rows=rows.raw.shape[0], vocab=rows.raw.shape[1], race=race,
-        threads=torch.get_num_threads(), **_addresses(tensors),
+        logits=rows.addresses(), rows=out.ids.shape[0], vocab=vocab, first_column=first_column,
+        columns=rows.raw.shape[1], race=race, threads=torch.get_num_threads(), **_addresses(tensors),
     )
 
 

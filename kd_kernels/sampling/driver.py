@@ -85,6 +85,21 @@ def run(
         return _draw(noun, call, place, warp, given, rows)
 
 
+def request_of(place: Place, warp: Warp, dtype: torch.dtype, race: int, given: Tensor | None = None) -> Request:
+    count, device = place.seeds.shape[0], place.seeds.device
+    if isinstance(warp.temperature, Tensor):
+        inverse = inverse_temperature(warp.temperature, dtype)
+    else:
+        inverse = torch.full((count,), inverse_of(warp.temperature), dtype=dtype, device=device)
+    fields = (*place, inverse, *warp.filled(count, device)[1:], given)
+    return Request(*(None if x is None else x.contiguous() for x in fields), race)
+
+
+def new_samples(logits: list[Tensor], count: int, stats: bool = False) -> RowSamples:
+    """Memory for the samples of so many rows of what has these tensors."""
+    return RowSamples(*_padded(_allocate(logits, count, stats)))
+
+
 def _allocate(logits: list[Tensor], count: int, stats: bool) -> list[Tensor]:
     dtype = products.work_dtype(*logits)
     dtypes = (torch.int64,) + (dtype,) * (4 if stats else 2)
@@ -124,41 +139,43 @@ def _draw(
     values = valid_warp(warp) | valid_positions(place.positions)
     if device.type == "cpu":
         check_values(call.where, values)
-    rows_of, out = implementation(call.backend), RowSamples(*_padded(_allocate(tensors, count, call.stats)))
+    rows_of, out = implementation(call.backend), new_samples(tensors, count, call.stats)
     autocast = getattr(torch, call.autocast) if call.autocast else None
     with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
-        rows = products.source(noun, picked, dtype, autocast=autocast, native=rows_of.NATIVE)
-        own_bytes_per_row, own_fixed_bytes = rows_of.scratch(call.columns, dtype)
-        step = products.rows_per_chunk(
-            call.where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes,
-            call.max_scratch_bytes, device,
-        )
-        rows.open(min(step, max(count, 1)))
-        is_fused = call.backend == "triton" and rows_of.fuses(rows, min(step, count))
-        if isinstance(warp.temperature, Tensor):
-            inverse = inverse_temperature(warp.temperature, dtype)
-        else:
-            inverse = torch.full((count,), inverse_of(warp.temperature), dtype=dtype, device=device)
+        request = request_of(place, warp, dtype, call.race, given)
         if device.type != "cpu":
             is_valid = functools.reduce(torch.logical_and, [valid for _, valid, _ in values.values()])
-            inverse = torch.where(is_valid, inverse, torch.nan)
-        filters = warp.filled(count, device)[1:]
-        request = Request(*place, inverse, *filters, given, call.race)
-        for begin in range(0, count, step):
-            here = slice(begin, min(begin + step, count))
-            part, part_out = (request, out) if step >= count else (_cut(request, here), _cut(out, here))
-            part = Request(*(x.contiguous() if isinstance(x, Tensor) else x for x in part))
-            if is_fused:
-                rows_of.sample_head(rows, here.start, here.stop, part, part_out)
-            else:
-                rows_of.sample_rows(rows.chunk(here.start, here.stop), part, part_out)
+            request = request._replace(inverse=torch.where(is_valid, request.inverse, torch.nan))
+        if call.backend == "cpp" and request.top_k is request.top_p is request.min_p is None:
+            rows_of.sample_panels(call.where, noun, picked, dtype, autocast, call.max_scratch_bytes, request, out)
+        else:
+            _walk(noun, picked, dtype, autocast, call, request, out)
         if call.check == "raise":
-            _check_rows(call, out.ids, values, noun, picked, dtype, autocast)
+            check_rows(call, out.ids, values, noun, picked, dtype, autocast)
     return out
 
 
-def _cut(fields: NamedTuple, rows: slice) -> NamedTuple:
-    return type(fields)(*(x[rows] if isinstance(x, Tensor) else x for x in fields))
+def _walk(
+    noun: Logits, picked: Tensor | None, dtype: torch.dtype, autocast: torch.dtype | None, call: Call, request: Request,
+    out: RowSamples,
+) -> None:
+    """Chunks of whole rows."""
+    rows_of, count, device = implementation(call.backend), out.ids.shape[0], out.ids.device
+    rows = products.source(noun, picked, dtype, autocast=autocast, native=rows_of.NATIVE)
+    own_bytes_per_row, own_fixed_bytes = rows_of.scratch(call.columns, dtype)
+    step = products.rows_per_chunk(
+        call.where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes,
+        call.max_scratch_bytes, device,
+    )
+    rows.open(min(step, max(count, 1)))
+    is_fused = call.backend == "triton" and rows_of.fuses(rows, min(step, count))
+    for begin in range(0, count, step):
+        here = slice(begin, min(begin + step, count))
+        part, part_out = (request, out) if step >= count else (request.of(here), out.of(here))
+        if is_fused:
+            rows_of.sample_head(rows, here.start, here.stop, part, part_out)
+        else:
+            rows_of.sample_rows(rows.chunk(here.start, here.stop), part, part_out)
 
 
 Values = dict[str, tuple[Tensor, Tensor, str]]
@@ -191,7 +208,7 @@ def check_values(where: str, values: Values) -> None:
             _check.fail(where, name, requirement, f"{given[row].item()} in row {row}")
 
 
-def _check_rows(
+def check_rows(
     call: Call, ids: Tensor, values: Values, noun: Logits, picked: Tensor | None, dtype: torch.dtype,
     autocast: torch.dtype | None,
 ) -> None:

@@ -34,6 +34,10 @@ class Request(NamedTuple):
     given: Tensor | None  # int64: score these ids, draw nothing
     race: int  # the purpose of the words of the race between groups; that of the pick is one more
 
+    def of(self, rows: slice) -> Request:
+        """Of some rows."""
+        return Request(*(x[rows] if isinstance(x, Tensor) else x for x in self))
+
 
 class RowSamples(NamedTuple):
     """Where the results of C rows go, ``[C]`` each, contiguous; all but the ids in the work dtype."""
@@ -43,6 +47,10 @@ class RowSamples(NamedTuple):
     model_logprobs: Tensor
     entropy: Tensor | None
     lse: Tensor | None
+
+    def of(self, rows: slice) -> RowSamples:
+        """Of some rows."""
+        return RowSamples(*(None if x is None else x[rows] for x in self))
 
 
 class TargetRequest(NamedTuple):

@@ -14,6 +14,7 @@ from kd_kernels.loss import driver as loss_driver
 from kd_kernels.loss.plan import Plan, pack, read, unpack
 from kd_kernels.stats import driver
 from kd_kernels.stats.driver import IMPLEMENTATIONS
+from kd_kernels.stats.reference import RowStats
 
 WHERE = "token_stats"
 
@@ -151,7 +152,7 @@ def _token_stats(logits: list[Tensor], ids: Tensor, plan_text: str) -> list[Tens
     return list(
         driver.walk(
             WHERE, noun, ids, autocast=plan.autocast_dtype, max_scratch_bytes=plan.max_scratch_bytes,
-            backend=plan.backend, check_source=check_source, check_rows=_check_rows if is_cpu else None,
+            backend=plan.backend, check_source=check_source, each_chunk=_check_rows if is_cpu else None,
         )
     )
 
@@ -168,10 +169,10 @@ def _check_ids(ids: Tensor, columns: int) -> None:
         _check.fail(WHERE, "ids", f"in 0..V-1={columns - 1}", f"{int(ids[row])} in row {row}")
 
 
-def _check_rows(argmax: Tensor, begin: int, chunk: products.RawRows) -> None:
+def _check_rows(found: RowStats, begin: int, chunk: products.RawRows) -> None:
     """Raise for the first row that has no normaliser, and say why."""
-    if bool((argmax < 0).any()):
-        row = int((argmax < 0).nonzero()[0])
+    if bool((found.argmax < 0).any()):
+        row = int((found.argmax < 0).nonzero()[0])
         z = replace(chunk, raw=chunk.raw[row : row + 1]).logits()
         fault = "NaN" if bool(z.isnan().any()) else "+inf" if bool((z == torch.inf).any()) else "-inf at every id"
         _check.fail(

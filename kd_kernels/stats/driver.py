@@ -30,12 +30,12 @@ def empty(logits: list[Tensor], count: int) -> RowStats:
 def walk(
     where: str, noun: Logits, ids: Tensor, *, autocast: torch.dtype | None, max_scratch_bytes: int | None, backend: str,
     check_source: Callable[[Source], None] = lambda source: None,
-    check_rows: Callable[[Tensor, int, RawRows], None] | None = None,
+    each_chunk: Callable[[RowStats, int, RawRows], None] | None = None, fixed_bytes: int = 0,
 ) -> RowStats:
     """Statistics of all rows of a noun with one leading dimension.
 
-    ``check_source`` comes before anything is allocated; ``check_rows`` sees of each chunk the argmax (-1: a row without
-    a normaliser), the number of its first row, and the logits.
+    ``check_source`` comes before anything is allocated; ``each_chunk`` sees of each chunk the statistics, the number
+    of its first row, and the logits; it may take ``fixed_bytes`` of scratch.
     """
     ids, count, columns = ids.contiguous(), ids.shape[0], vocab(noun)
     tensors = products.tensors_of(noun)
@@ -45,8 +45,8 @@ def walk(
         rows = products.source(noun, None, dtype, autocast=autocast, native=rows_of.NATIVE)
         own_bytes_per_row, own_fixed_bytes = rows_of.scratch(columns, dtype)
         step = products.rows_per_chunk(
-            where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes, max_scratch_bytes,
-            ids.device,
+            where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes + fixed_bytes,
+            max_scratch_bytes, ids.device,
         )
         check_source(rows)
         out = empty(tensors, count)
@@ -54,7 +54,8 @@ def walk(
         for begin in range(0, count, step):
             here = slice(begin, min(begin + step, count))
             chunk = rows.chunk(here.start, here.stop)
-            rows_of.stat_rows(chunk, ids[here], RowStats(*(field[here] for field in out)))
-            if check_rows is not None:
-                check_rows(out.argmax[here], begin, chunk)
+            part = RowStats(*(field[here] for field in out))
+            rows_of.stat_rows(chunk, ids[here], part)
+            if each_chunk is not None:
+                each_chunk(part, begin, chunk)
     return out

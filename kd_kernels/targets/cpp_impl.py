@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from kd_kernels import _backend, products
-from kd_kernels.logits import EnsembleLogits, LinearLogits, Logits, leading_shape, vocab
-from kd_kernels.targets import config
+from kd_kernels.logits import Logits, leading_shape, vocab
 from kd_kernels.targets.truncated import Truncated
-
-
-def _columns(logits: Logits, begin: int, end: int) -> Logits:
-    """Some columns of a noun, as a noun."""
-    if isinstance(logits, Tensor):
-        return logits[:, begin:end]
-    if isinstance(logits, LinearLogits):
-        bias = None if logits.bias is None else logits.bias[begin:end]
-        return LinearLogits(logits.hidden, logits.weight[begin:end], bias, logits.scale, logits.softcap)
-    return EnsembleLogits(tuple(_columns(m, begin, end) for m in logits.members), logits.weights, logits.space)
 
 
 def _mapped(rows: products.RawRows) -> Tensor:
@@ -47,17 +36,15 @@ def topk(
     extension = _backend.extension()
     run = extension.topk_rows_fp64 if dtype == torch.float64 else extension.topk_rows_fp32
     (rows,), columns = leading_shape(logits), vocab(logits)
-    # A mixture of probabilities needs whole rows, for the normalisers of its members.
-    mixes = isinstance(logits, EnsembleLogits) and logits.space == "prob"
-    width = columns if mixes else config.panel_columns(rows, columns)
+    width = columns if products.needs_whole_rows(logits) else products.panel_columns(rows, columns)
     capacity = min(2 * k, columns) + extension.topk_slack
 
-    panel = products.source(_columns(logits, 0, width), None, dtype)
+    widest = products.source(products.columns_of(logits, 0, width), None, dtype)
     state_bytes = 2 * dtype.itemsize * capacity + 8 * (3 + len(temperatures))  # a candidate is a logit and an id
     fitting = products.rows_per_chunk(
-        "topk_targets", rows, panel.bytes_per_row + state_bytes, panel.fixed_bytes, max_scratch_bytes, logits.device
+        "topk_targets", rows, widest.bytes_per_row + state_bytes, widest.fixed_bytes, max_scratch_bytes, logits.device
     )
-    step = config.panel_rows(rows, fitting)
+    step = products.panel_rows(rows, fitting)
 
     result = Truncated(
         counts=torch.empty(rows, dtype=torch.int64),
@@ -68,11 +55,12 @@ def topk(
     )
     candidates = torch.empty(step, 2 * capacity, dtype=dtype)
     running = torch.empty(step, 3 + len(temperatures), dtype=torch.float64)
+    widest.open(step)
 
     def add(begin: int, end: int, first: int, last: int, addresses: dict[str, int]) -> None:
-        """Columns ``first`` to ``last`` of some rows. A function, so that one panel is gone before the next is made."""
-        source = products.source(_columns(logits, first, last), None, dtype)
-        source.open(end - begin)
+        """Columns ``first`` to ``last`` of some rows."""
+        source = products.source(products.columns_of(logits, first, last), None, dtype)
+        source.borrow(widest)
         panel = _mapped(source.chunk(begin, end))
         run(
             panel=panel.data_ptr(), stride=panel.stride(0), rows=end - begin, first_column=first, columns=last - first,

@@ -291,11 +291,11 @@ def test_every_noun_and_shape(rule: dict, backend: str) -> None:
 
 
 def test_only_refused_rows_are_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kd_kernels.sampling import driver
+    from kd_kernels.sampling import cpp_impl
 
-    seen, run = [], driver.run
+    seen, sample_rows = [], cpp_impl.sample_rows
     monkeypatch.setattr(
-        driver, "run", lambda *args, **kwargs: seen.append(kwargs["rows"].tolist()) or run(*args, **kwargs)
+        cpp_impl, "sample_rows", lambda *given: seen.append(given[3].tolist()) or sample_rows(*given)
     )
     teacher = eighths(2)[:, :300]
     found = accept_or_resample(torch.arange(N), teacher, k=150, seed=0)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from kd_kernels import EnsembleLogits, LinearLogits, sample
+from kd_kernels import EnsembleLogits, LinearLogits, products, sample
 from sampling_judge import far_apart
 
 N, VOCAB = 24, 9_001
@@ -57,6 +57,17 @@ def test_batches_orders_chunks_and_threads(arguments: dict) -> None:
         assert_equal(whole, sample(z, **at, **arguments, return_stats=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_panels_of_columns(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, at = logits(6), place()
+    whole = sample(z, **at, temperature=temperature, return_stats=True)
+    monkeypatch.setattr(products, "panel_rows", lambda rows, fitting: 7)
+    for columns in (128, 2048, VOCAB // 128 * 128):
+        monkeypatch.setattr(products, "panel_columns", lambda rows, vocab, columns=columns: columns)
+        noun = LinearLogits(torch.eye(N), z.T)
+        assert_equal(whole, sample(noun, **at, temperature=temperature, return_stats=True))
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)

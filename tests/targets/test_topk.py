@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracles
-from kd_kernels import testing
+from kd_kernels import products, testing
 from kd_kernels.logits import SparseTargets
 from kd_kernels.targets import config, topk_targets
 
@@ -177,8 +177,8 @@ def test_topk_does_not_depend_on_threads_or_panels(monkeypatch: pytest.MonkeyPat
     for field in ("ids", "logprobs", "tail_logprob", "log_z"):
         assert torch.equal(getattr(whole, field), getattr(single, field))
     for columns in (97, 1030, 10_007):
-        monkeypatch.setattr(config, "panel_columns", lambda rows, vocab, columns=columns: min(vocab, columns))
-        monkeypatch.setattr(config, "panel_rows", lambda rows, fitting: 4)
+        monkeypatch.setattr(products, "panel_columns", lambda rows, vocab, columns=columns: min(vocab, columns))
+        monkeypatch.setattr(products, "panel_rows", lambda rows, fitting: 4)
         panels = topk_targets(logits, 33, temperatures=(1.0, 3.0))
         assert torch.equal(panels.ids, whole.ids)
         for field in ("logprobs", "tail_logprob", "log_z"):
@@ -187,10 +187,10 @@ def test_topk_does_not_depend_on_threads_or_panels(monkeypatch: pytest.MonkeyPat
 
 def test_panels_hold_a_million_logits_and_cover_the_rows_evenly() -> None:
     columns = {0: 16_384, 1: 16_384, 64: 16_384, 256: 4096, 512: 2048, 10**6: 2048}
-    assert {rows: config.panel_columns(rows, 151_936) for rows in columns} == columns
-    assert config.panel_columns(256, 1000) == 1000
-    assert [config.panel_rows(rows, 10**9) for rows in (0, 1, 1024, 1025, 3000)] == [1, 1, 1024, 513, 1000]
-    assert config.panel_rows(1000, 300) == 250
+    assert {rows: products.panel_columns(rows, 151_936) for rows in columns} == columns
+    assert products.panel_columns(256, 1000) == 1000
+    assert [products.panel_rows(rows, 10**9) for rows in (0, 1, 1024, 1025, 3000)] == [1, 1, 1024, 513, 1000]
+    assert products.panel_rows(1000, 300) == 250
 
 
 def test_groups_and_launches_of_the_triton_kernels() -> None:

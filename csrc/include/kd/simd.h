@@ -11,6 +11,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #ifndef KD_ISA
 #define KD_ISA baseline
 #endif
@@ -25,6 +29,7 @@ namespace KD_ISA {
 
 typedef float FloatVector __attribute__((vector_size(KD_VECTOR_BYTES)));
 typedef int32_t IntVector __attribute__((vector_size(KD_VECTOR_BYTES)));
+typedef uint32_t NaturalVector __attribute__((vector_size(KD_VECTOR_BYTES)));
 
 template <class S> struct Lanes;
 template <> struct Lanes<float> {
@@ -37,8 +42,14 @@ template <> struct Lanes<double> {
 };
 
 template <class T> struct Bits;
-template <> struct Bits<FloatVector> { using type = IntVector; };
-template <> struct Bits<float> { using type = int32_t; };
+template <> struct Bits<FloatVector> {
+  using type = IntVector;
+  using natural = NaturalVector;
+};
+template <> struct Bits<float> {
+  using type = int32_t;
+  using natural = uint32_t;
+};
 
 template <class To, class From> KD_INLINE To bit_cast(From x) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast between sizes");
@@ -93,6 +104,26 @@ template <class T> KD_INLINE T exp(T x) {
 }
 template <> inline __attribute__((always_inline)) double exp<double>(double x) { return std::exp(x); }
 
+// The same for x <= 0, in two thirds of the operations: no bounds, and the scale 2^n is a normal number down to where the result
+// is 0. What lies far below that is spoiled on the way, -inf included, and then is 0.
+template <class T> KD_INLINE T exp_fall(T x) {
+  using N = typename Bits<T>::natural;
+  const T magic = splat<T>(12582912.0);
+  const T shifted = x * splat<T>(1.44269504088896341) + magic;
+  const T n = shifted - magic;
+  const T r = (x - n * splat<T>(0.693359375)) - n * splat<T>(-2.12194440e-4);
+  T poly = splat<T>(1.9875691500e-4);
+  poly = poly * r + splat<T>(1.3981999507e-3);
+  poly = poly * r + splat<T>(8.3334519073e-3);
+  poly = poly * r + splat<T>(4.1665795894e-2);
+  poly = poly * r + splat<T>(1.6666665459e-1);
+  poly = poly * r + splat<T>(5.0000001201e-1);
+  poly = poly * (r * r) + r + splat<T>(1.0);
+  const T scale = bit_cast<T>((bit_cast<N>(shifted) + 127) << 23);  // of the magic number, the shift leaves no bit
+  return where(x < splat<T>(-87.33654), splat<T>(0), poly * scale);
+}
+template <> inline __attribute__((always_inline)) double exp_fall<double>(double x) { return std::exp(x); }
+
 // ln x within 2 ulp for x > 0, subnormals included. -inf at 0, inf at inf, NaN below 0.
 template <class T> KD_INLINE T log(T x) {
   using I = typename Bits<T>::type;
@@ -134,6 +165,22 @@ template <class T> KD_INLINE T sqrt(T x) {
   return y;
 }
 template <> inline __attribute__((always_inline)) double sqrt<double>(double x) { return std::sqrt(x); }
+
+// Bit i is set where lane i of x is above the bound.
+KD_INLINE uint32_t lanes_above(FloatVector x, FloatVector bound) {
+#if KD_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ);
+#elif KD_VECTOR_BYTES == 32 && defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_GT_OQ));
+#elif KD_VECTOR_BYTES == 16 && defined(__SSE__)
+  return _mm_movemask_ps(_mm_cmpgt_ps(x, bound));
+#else
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < Lanes<float>::width; ++i) bits |= static_cast<uint32_t>(x[i] > bound[i]) << i;
+  return bits;
+#endif
+}
+KD_INLINE uint32_t lanes_above(double x, double bound) { return x > bound; }
 
 // Sum and maximum over the lanes of a vector. The sum is taken in double.
 KD_INLINE double lane_sum(double v) { return v; }
