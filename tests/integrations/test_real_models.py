@@ -104,6 +104,15 @@ def test_convergence_is_theirs(name: str) -> None:
     assert convergence.largest_difference(found) < 1e-3
 
 
+@pytest.mark.parametrize("model", [pytest.param(assets.SMOLLM2, id="smollm2", marks=NEEDS_SMOLLM2)])
+@pytest.mark.parametrize("name", convergence.TRAINERS)
+def test_three_steps_are_theirs(name: str, model: str) -> None:
+    teacher = load(model)
+    found = convergence.curves(teacher, convergence.sampled_text(teacher, sequences=4), name, steps=3)
+    assert len(found["ours"]) == 3 and found["ours"][-1] < found["ours"][0]
+    assert convergence.largest_difference(found) < 1e-3
+
+
 def test_the_readmes_curves_are_of_every_trainer_and_agree() -> None:
     comparisons = json.loads(convergence.RESULT.read_text())["comparisons"]
     for name in convergence.TRAINERS:
