@@ -81,6 +81,7 @@ BLOCKS = {
     "demo": Block(DEMO, tables.demo),
     "cache": Block(CACHE, tables.cache),
     "cache-codec": Block("cpu_cache_codec.json", tables.codec),
+    "cache-fuzz": Block("cache_fuzz.json", tables.fuzz),
     "study": Block(STUDY, tables.study),
     "integrations": Block(DROP_IN, tables.drop_in),
     "convergence": Block(CONVERGENCE, tables.convergence),
