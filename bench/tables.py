@@ -373,8 +373,8 @@ def fuzz(results: dict) -> str:
     """What the decoder's fuzzer has covered."""
     return (
         f"The decoder must never read out of bounds, whatever the bytes. `{results['command']}`, under the sanitizers "
-        f"{results['sanitizers'].replace(',', ' and ')}, ran {results['runs']:,} inputs in {results['seconds']:,} s from "
-        f"{results['seeds']} valid blocks, kept {results['corpus']} of them for reaching something new, "
+        f"{results['sanitizers'].replace(',', ' and ')}, ran {results['runs']:,} inputs in {results['seconds']:,} s "
+        f"from {results['seeds']} valid blocks, kept {results['corpus']} of them for reaching something new, "
         f"{results['edges']:,} edges in all, and found no fault ({results['moment']['date'][:10]}, commit "
         f"{results['moment']['commit'][:9]})."
     )
