@@ -1,6 +1,6 @@
 """What a step costs by where its texts come from: the data, the student now, the student earlier.
 
-    python -m bench.on_policy --out bench/results/cpu_on_policy.json       some five minutes on two cores
+    python -m bench.on_policy --out bench/results/cpu_on_policy.json       some four minutes on two cores
 
 SmolLM2-135M is the teacher, ten of its layers the student, introductions of Wikipedia's articles the text: 16 tokens
 of prompt and up to 48 more. Each run is `kdk train` by name; a step's seconds are those of its line in metrics.jsonl

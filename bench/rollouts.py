@@ -1,6 +1,6 @@
 """Tokens per second of roll-outs, beside transformers' own generate() with the same model.
 
-    python -m bench.rollouts --out bench/results/cpu_rollouts.json [--batches 1 8 32] [--tokens 32] [--rounds 3]
+    python -m bench.rollouts --out bench/results/cpu_rollouts.json [--batches 1 8 32] [--tokens 32] [--rounds 5]
 
 Greedy and with top_p 0.95, from prompts of one length, without stop ids, so that both write the same number of tokens.
 Greedy texts must agree before anything is timed. Contenders alternate; the ratio is the median over rounds of
@@ -29,6 +29,8 @@ from kd_trainer.models import CausalLM, load_pretrained
 
 SAMPLINGS = {"greedy": rollout.Sampling(0.0), "top_p 0.95": rollout.Sampling(1.0, top_p=0.95)}
 PROMPT = 32
+SECONDS, MOST_ROUNDS = 8.0, 60
+"""Of a comparison: what a small model does in milliseconds takes many rounds to measure."""
 
 
 def models(tiny: bool) -> dict[str, CausalLM]:
@@ -102,7 +104,8 @@ def compare(model: CausalLM, batch: int, tokens: int, sampling: rollout.Sampling
         if different > batch // 8:  # rounding decides between two likely tokens now and then
             raise SystemExit(f"bench.rollouts: greedy texts must be those of generate(), got {different} others")
     mine, their, sampler, outside = [], [], [], []
-    for turn in range(rounds):
+    end = time.perf_counter() + SECONDS
+    while (turn := len(mine)) < rounds or (turn < MOST_ROUNDS and time.perf_counter() < end):
         for is_ours in (turn % 2 == 0, turn % 2 == 1):
             if is_ours:
                 whole, part = seconds_of(lambda: ours(model, prompts, tokens, sampling), generation, "sample")
@@ -116,7 +119,8 @@ def compare(model: CausalLM, batch: int, tokens: int, sampling: rollout.Sampling
         "tokens_per_s": batch * tokens / statistics.median(mine),
         "generate_tokens_per_s": batch * tokens / statistics.median(their),
         "times_as_fast": statistics.median(b / a for a, b in zip(mine, their, strict=True)),
-        "sampler": statistics.median(sampler), "theirs_outside_of_the_model": statistics.median(outside),
+        "rounds": len(mine), "sampler": statistics.median(sampler),
+        "theirs_outside_of_the_model": statistics.median(outside),
     }
 
 
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="at least")
     parser.add_argument("--tiny", action="store_true", help="the small model alone")
     options = parser.parse_args()
     results: dict[str, dict[str, float]] = {}
