@@ -80,35 +80,16 @@ template <class T> KD_INLINE T maximum(T a, T b) { return where(a > b, a, b); }
 template <class T> KD_INLINE T minimum(T a, T b) { return where(a < b, a, b); }
 template <class T> KD_INLINE T abs(T x) { return where(x < splat<T>(0), -x, x); }
 
-// e^x within 2 ulp. x = n ln2 + r with |r| <= ln2 / 2, then a polynomial of degree 7 in r. Below -87.3 the result is 0 (no
-// subnormals: they would cost more than they mean), above 88.7 it is inf; NaN stays NaN.
-template <class T> KD_INLINE T exp(T x) {
-  using I = typename Bits<T>::type;
-  const T magic = splat<T>(12582912.0);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const T bounded = where(x < splat<T>(-104.0), splat<T>(-104.0), where(x > splat<T>(89.0), splat<T>(89.0), x));
-  const T shifted = bounded * splat<T>(1.44269504088896341) + magic;
-  const T n = shifted - magic;
-  const T r = (bounded - n * splat<T>(0.693359375)) - n * splat<T>(-2.12194440e-4);
-  T poly = splat<T>(1.9875691500e-4);
-  poly = poly * r + splat<T>(1.3981999507e-3);
-  poly = poly * r + splat<T>(8.3334519073e-3);
-  poly = poly * r + splat<T>(4.1665795894e-2);
-  poly = poly * r + splat<T>(1.6666665459e-1);
-  poly = poly * r + splat<T>(5.0000001201e-1);
-  poly = poly * (r * r) + r + splat<T>(1.0);
-  const I exponent = bit_cast<I>(shifted) - bit_cast<I>(magic);
-  const T half_scale = bit_cast<T>((exponent + 126) << 23);  // half, so that n = 128 does not overflow
-  const T y = poly * half_scale * splat<T>(2.0);
-  const T low = where(x < splat<T>(-87.33654), splat<T>(0), y);
-  return where(x > splat<T>(88.72283), splat<T>(std::numeric_limits<float>::infinity()), low);
-}
-template <> inline __attribute__((always_inline)) double exp<double>(double x) { return std::exp(x); }
+constexpr double kExpMagic = 12582912.0;  // 1.5 * 2^23
 
-// The same for x <= 0, in two thirds of the operations: no bounds, and the scale 2^n is a normal number down to where the result
-// is 0. What lies far below that is spoiled on the way, -inf included, and then is 0.
-template <class T> KD_INLINE T exp_fall(T x) {
-  using N = typename Bits<T>::natural;
-  const T magic = splat<T>(12582912.0);
+// x = n ln2 + r with |r| <= ln2 / 2. `shifted`: 1.5 * 2^23 + n, an integer in the low bits; `fraction`: e^r by a polynomial of
+// degree 7.
+template <class T> struct ExpParts {
+  T shifted, fraction;
+};
+
+template <class T> KD_INLINE ExpParts<T> exp_parts(T x) {
+  const T magic = splat<T>(kExpMagic);
   const T shifted = x * splat<T>(1.44269504088896341) + magic;
   const T n = shifted - magic;
   const T r = (x - n * splat<T>(0.693359375)) - n * splat<T>(-2.12194440e-4);
@@ -118,9 +99,30 @@ template <class T> KD_INLINE T exp_fall(T x) {
   poly = poly * r + splat<T>(4.1665795894e-2);
   poly = poly * r + splat<T>(1.6666665459e-1);
   poly = poly * r + splat<T>(5.0000001201e-1);
-  poly = poly * (r * r) + r + splat<T>(1.0);
-  const T scale = bit_cast<T>((bit_cast<N>(shifted) + 127) << 23);  // of the magic number, the shift leaves no bit
-  return where(x < splat<T>(-87.33654), splat<T>(0), poly * scale);
+  return {shifted, poly * (r * r) + r + splat<T>(1.0)};
+}
+
+// e^x within 2 ulp. Below -87.3 the result is 0 (no subnormals: they would cost more than they mean), above 88.7 it is inf; NaN
+// stays NaN.
+template <class T> KD_INLINE T exp(T x) {
+  using I = typename Bits<T>::type;
+  const T bounded = where(x < splat<T>(-104.0), splat<T>(-104.0), where(x > splat<T>(89.0), splat<T>(89.0), x));
+  const ExpParts<T> parts = exp_parts(bounded);
+  const I exponent = bit_cast<I>(parts.shifted) - bit_cast<I>(splat<T>(kExpMagic));
+  const T half_scale = bit_cast<T>((exponent + 126) << 23);  // half, so that n = 128 does not overflow
+  const T y = parts.fraction * half_scale * splat<T>(2.0);
+  const T low = where(x < splat<T>(-87.33654), splat<T>(0), y);
+  return where(x > splat<T>(88.72283), splat<T>(std::numeric_limits<float>::infinity()), low);
+}
+template <> inline __attribute__((always_inline)) double exp<double>(double x) { return std::exp(x); }
+
+// The same for x <= 0, in two thirds of the operations: no bounds, and the scale 2^n is a normal number down to where the result
+// is 0. What lies far below that is spoiled on the way, -inf included, and then is 0.
+template <class T> KD_INLINE T exp_fall(T x) {
+  using N = typename Bits<T>::natural;
+  const ExpParts<T> parts = exp_parts(x);
+  const T scale = bit_cast<T>((bit_cast<N>(parts.shifted) + 127) << 23);  // of the magic number, the shift leaves no bit
+  return where(x < splat<T>(-87.33654), splat<T>(0), parts.fraction * scale);
 }
 template <> inline __attribute__((always_inline)) double exp_fall<double>(double x) { return std::exp(x); }
 
