@@ -1,7 +1,7 @@
 """Builds ``kd_kernels._C``: C++ for the CPU, and CUDA where nvcc is found. pyproject.toml holds everything else.
 
-The sources in csrc/cpu are compiled once for each instruction set, and the extension picks one when it is loaded, so
-that one build runs anywhere. No header of torch is used: the build takes seconds and serves every torch release.
+The sources in csrc/cpu and the cache's decoder are compiled once for each instruction set, and the extension picks one when
+it is loaded, so that one build runs anywhere. No header of torch is used: the build takes seconds and serves every torch release.
 
 Environment: KD_CPP=0 leaves the extension out; KD_CUDA=0 leaves CUDA out; KD_CUDA_ARCHS lists compute capabilities
 ("80;90a;100"); CXX and NVCC name the compilers.
@@ -56,7 +56,7 @@ def ninja_file(output: Path) -> str:
     include = f"-I{pybind11.get_include()} -I{python} -DKD_CUDA={int(nvcc is not None)}"
     lines += [f"build binding.o: cxx {ROOT}/csrc/binding.cpp", f"  more = {include}"]
     lines.append(f"build codec.o: cxx {ROOT}/csrc/codec/codec.cpp")
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+    for source in [ROOT / "csrc" / "codec" / "decode_rows.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
         for name, width, isa_flags in INSTRUCTION_SETS:
             objects.append(f"{source.stem}_{name}.o")
             lines += [

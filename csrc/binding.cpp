@@ -186,8 +186,8 @@ std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::ve
   return {words.w, words.w + 4};
 }
 
-kd::RowLayout row_layout(uint32_t vocab, uint32_t k, double step, uint32_t temperatures, bool tail, int weights) {
-  return {vocab, k, step, temperatures, tail, static_cast<kd::Weights>(weights)};
+kd::RowLayout row_layout(uint32_t vocab, uint32_t k, double step, uint32_t temperatures, bool tail, bool weights) {
+  return {vocab, k, step, temperatures, tail, weights};
 }
 
 kd::Span span(const py::buffer_info& buffer) {
@@ -202,19 +202,20 @@ py::object complaint(const kd::Complaint& wrong) {
   return py::make_tuple(wrong.what, wrong.expected, wrong.found);
 }
 
-// rows, offsets, ids, logprobs, tail or 0, log_z, next, weights or 0, counts or 0
-using RowsTuple = std::tuple<int64_t, Address, Address, Address, Address, Address, Address, Address, Address>;
+// rows, offsets, ids, logprobs, tail or 0, log_z, next, weights or 0
+using RowsTuple = std::tuple<int64_t, Address, Address, Address, Address, Address, Address, Address>;
 
 kd::RowsIn rows_in(const RowsTuple& t) {
   return {std::get<0>(t), pointer<const int64_t>(std::get<1>(t)), pointer<const int64_t>(std::get<2>(t)),
           pointer<const float>(std::get<3>(t)), pointer<const float>(std::get<4>(t)), pointer<const float>(std::get<5>(t)),
-          pointer<const float>(std::get<6>(t)), pointer<const float>(std::get<7>(t)), pointer<const int32_t>(std::get<8>(t))};
+          pointer<const float>(std::get<6>(t)), pointer<const float>(std::get<7>(t))};
 }
 
-kd::RowsOut rows_out(const RowsTuple& t, int64_t entries) {
-  return {std::get<0>(t), entries, pointer<int64_t>(std::get<1>(t)), pointer<int64_t>(std::get<2>(t)),
-          pointer<float>(std::get<3>(t)), pointer<float>(std::get<4>(t)), pointer<float>(std::get<5>(t)),
-          pointer<float>(std::get<6>(t)), pointer<float>(std::get<7>(t)), pointer<int32_t>(std::get<8>(t))};
+kd::RowsOut rows_out(const RowsTuple& t) {
+  const int64_t rows = std::get<0>(t);
+  return {rows, 0, pointer<int64_t>(std::get<1>(t)), pointer<int64_t>(std::get<2>(t)), pointer<float>(std::get<3>(t)),
+          pointer<float>(std::get<4>(t)), pointer<float>(std::get<5>(t)), rows, pointer<float>(std::get<6>(t)),
+          pointer<float>(std::get<7>(t))};
 }
 
 py::bytes learn_model(const kd::RowLayout& layout, const std::vector<RowsTuple>& rows, Address id_counts) {
@@ -241,15 +242,25 @@ py::bytes encode_rows(const kd::RowModel& model, const RowsTuple& rows) {
   return bytes(payload);
 }
 
-py::object decode_rows(const kd::RowModel& model, const py::buffer& payload, int64_t entries, const RowsTuple& rows) {
-  const py::buffer_info buffer = payload.request();
+// payload, rows, entries of each block
+using BlockTuple = std::tuple<py::buffer, int64_t, int64_t>;
+
+py::object decode_rows(const kd::RowModel& model, const std::vector<BlockTuple>& blocks, const RowsTuple& rows) {
+  std::vector<py::buffer_info> buffers;
+  std::vector<kd::Payload> payloads;
+  for (const auto& [payload, block_rows, entries] : blocks) {
+    buffers.push_back(payload.request());
+    payloads.push_back({span(buffers.back()), block_rows, entries});
+  }
   kd::Complaint wrong;
   {
     py::gil_scoped_release released;
-    wrong = model.decode(span(buffer), rows_out(rows, entries));
+    wrong = model.decode(payloads, rows_out(rows));
   }
   return complaint(wrong);
 }
+
+kd::DecodeRows decoder() { KD_DISPATCH(decode_rows) }
 
 }  // namespace
 
@@ -288,7 +299,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&row_layout), py::kw_only(), py::arg("vocab"), py::arg("k"), py::arg("step"), py::arg("temperatures"),
            py::arg("tail"), py::arg("weights"));
   py::class_<kd::RowModel>(m, "RowModel")
-      .def(py::init<>())
+      .def(py::init([] { return std::make_unique<kd::RowModel>(decoder()); }))
       .def("read", &read_model)
       .def("encode", &encode_rows)
       .def("bits", [](const kd::RowModel& model, const RowsTuple& rows) { return model.bits_by_context(rows_in(rows)); })

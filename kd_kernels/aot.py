@@ -212,14 +212,14 @@ __global__ void philox_kernel(const uint64_t* seeds, const uint64_t* keys, const
 
 ROW_DECODER_KERNEL = """
 #include "codec/row_decoder.h"
-// One block of the cache a thread. payloads, outs, scratches, wrong: [n]; a rank of ids each, [n, vocab].
-__global__ void row_decoder_kernel(kd::RowLayout layout, const kd::Distribution* contexts,
-                                   const kd::SlotTable* gap_tables, uint32_t* id_of_rank, const kd::Span* payloads,
-                                   const kd::RowsOut* outs, kd::RowScratch* scratches, kd::Complaint* wrong, int n) {
+// One block of the cache a thread. payloads, outs, scratches, wrong: [n]; a rank of ids each, [n, vocab]; slots: [contexts, kTotal].
+__global__ void row_decoder_kernel(kd::RowLayout layout, const kd::Symbol* slots, uint32_t* id_of_rank,
+                                   const kd::Span* payloads, const kd::RowsOut* outs, kd::RowScratch* scratches,
+                                   kd::Complaint* wrong, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
   uint32_t* ids = id_of_rank + static_cast<size_t>(i) * layout.vocab;
-  wrong[i] = kd::RowDecoder(layout, contexts, gap_tables, ids, outs[i], scratches[i]).decode(payloads[i]);
+  wrong[i] = kd::RowDecoder(layout, slots, ids, outs[i], scratches[i]).decode(payloads[i]);
 }
 """
 """The decoder of the cache on a device."""

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 
+#include "code_reader.h"
 #include "rans_writer.h"
 
 namespace kd {
@@ -139,14 +140,8 @@ template <class Sink> class RowWalk {
   }
 
   void weights() {
-    if (layout_.weights == Weights::fp32)
+    if (layout_.weights)
       for (const Entry& e : entries_) exact(kWeight, rows_.weights[e.source]);
-    if (layout_.weights == Weights::counts)
-      for (const int64_t row : cached_) {
-        sink_.run();
-        for (uint32_t j = 0; j < count(row); ++j)
-          sink_.number(kWeight, static_cast<uint32_t>(rows_.counts[entries(row)[j].source]));
-      }
   }
 
   void tails() {
@@ -346,8 +341,10 @@ std::vector<uint8_t> learn_model(const RowLayout& layout, const std::vector<Rows
 
 Complaint RowModel::read(const RowLayout& layout, Span payload) {
   layout_ = layout;
+  std::vector<uint8_t> bytes(payload.data, payload.data + payload.size);
+  bytes.resize(payload.size + kCodePad);
   CodeReader reader;
-  if (!reader.open(payload)) return {"bytes of a model", kCodeHeadBytes, static_cast<int64_t>(payload.size)};
+  if (!reader.open({bytes.data(), payload.size})) return {"bytes of a model", kCodeHeadBytes, static_cast<int64_t>(payload.size)};
   contexts_.resize(context_count(layout));
   for (Distribution& context : contexts_) {
     const uint32_t alphabet = reader.gamma();
@@ -363,19 +360,20 @@ Complaint RowModel::read(const RowLayout& layout, Span payload) {
     frequencies.back() = static_cast<uint16_t>(left);
     context.assign(frequencies.data(), alphabet);
   }
+  slots_.resize(contexts_.size() * kTotal);
+  auto* const slots = reinterpret_cast<Symbol*>(slots_.data());
+  for (size_t c = 0; c < contexts_.size(); ++c) contexts_[c].spread(slots + c * kTotal);
   levels_.assign(reader.bits(1) ? layout.vocab : 0, 0);
   uint32_t most = 0, levels[kBlockRows];
   static_assert(kBlockRows % kLanes == 0, "a part of a run goes on with the lane that follows");
   for (size_t id = 0; id < levels_.size(); id += kBlockRows) {
     const uint32_t count = static_cast<uint32_t>(std::min<size_t>(kBlockRows, levels_.size() - id));
-    reader.run(count, [&](uint32_t) -> const Distribution& { return contexts_[kIdLevel]; }, levels);
+    reader.run(count, OneContext{slots + kIdLevel * kTotal}, levels);
     for (uint32_t i = 0; i < count; ++i) {
       levels_[id + i] = static_cast<uint8_t>(levels[i]);
       most = std::max(most, levels[i]);
     }
   }
-  gap_tables_.clear();
-  for (uint32_t place = 0; place < kPlaces; ++place) gap_tables_.emplace_back(contexts_[kGap + place]);
   if (most >= kRankLevels) return {"level of an id, below", kRankLevels, most};
   idle_.clear();
   if (!reader.is_at_end()) return {"end of a model", 1, 0};
@@ -385,12 +383,14 @@ Complaint RowModel::read(const RowLayout& layout, Span payload) {
 // What one thread decodes or encodes with.
 struct RowModel::Workspace {
   std::unique_ptr<Ranks> ranks;  // null: every id is its own rank
+  std::vector<uint8_t> bytes;
   std::vector<uint32_t> columns, entries, row;
+  std::vector<float> moved;
   std::vector<uint64_t> run;
   RowScratch scratch;
 };
 
-RowModel::RowModel() = default;
+RowModel::RowModel(DecodeRows decode_rows) : decode_rows_(decode_rows) {}
 RowModel::~RowModel() = default;
 
 std::unique_ptr<RowModel::Workspace> RowModel::take_workspace() const {
@@ -405,12 +405,14 @@ std::unique_ptr<RowModel::Workspace> RowModel::take_workspace() const {
   auto workspace = std::make_unique<Workspace>();
   if (!levels_.empty()) workspace->ranks = std::make_unique<Ranks>(levels_);
   workspace->columns.resize(layout_.k + 1);
-  workspace->row.resize(3 * layout_.k + 2 * kCountMost);
+  const size_t keys = layout_.k + 2 * kCountMost + kScratchLanes;
+  workspace->row.resize(keys + layout_.k + kScratchLanes);
+  workspace->moved.resize(layout_.k);
   workspace->run.resize(layout_.k);
   workspace->scratch.columns = workspace->columns.data();
   workspace->scratch.keys = workspace->row.data();
-  workspace->scratch.places = workspace->scratch.keys + layout_.k + 2 * kCountMost;
-  workspace->scratch.moved = workspace->scratch.places + layout_.k;
+  workspace->scratch.places = workspace->scratch.keys + keys;
+  workspace->scratch.moved = workspace->moved.data();
   workspace->scratch.run = workspace->run.data();
   return workspace;
 }
@@ -440,17 +442,36 @@ std::vector<double> RowModel::bits_by_context(const RowsIn& rows) const {
   return sink.cost;
 }
 
-Complaint RowModel::decode(Span payload, const RowsOut& out) const {
+Complaint RowModel::decode(const std::vector<Payload>& blocks, const RowsOut& out) const {
   std::unique_ptr<Workspace> workspace = take_workspace();
-  const size_t entries = static_cast<size_t>(out.entries);
-  if (workspace->entries.size() < 3 * entries) workspace->entries.resize(3 * entries);
-  workspace->scratch.gaps = workspace->entries.data();
-  workspace->scratch.ranks = workspace->scratch.gaps + entries;
-  workspace->scratch.by_row = workspace->scratch.ranks + entries;
+  RowScratch& scratch = workspace->scratch;
   Ranks* ranks = workspace->ranks.get();
   uint32_t* id_of_rank = ranks ? ranks->id_of_rank.data() : nullptr;
-  RowDecoder decoder(layout_, contexts_.data(), gap_tables_.data(), id_of_rank, out, workspace->scratch);
-  const Complaint wrong = decoder.decode(payload);
+  RowsOut part = out;
+  Complaint wrong;
+  for (const Payload& block : blocks) {
+    part.rows = block.rows;
+    part.entries = block.entries;
+    const size_t room = static_cast<size_t>(block.entries) + kScratchSlack, bytes = block.bytes.size;
+    if (workspace->entries.size() < 3 * room) workspace->entries.resize(3 * room);
+    scratch.gaps = workspace->entries.data();
+    scratch.ranks = scratch.gaps + room;
+    scratch.by_row = scratch.ranks + room;
+    if (workspace->bytes.size() < bytes + kCodePad) workspace->bytes.resize(bytes + kCodePad);
+    std::copy_n(block.bytes.data, bytes, workspace->bytes.data());
+    std::fill_n(workspace->bytes.data() + bytes, kCodePad, uint8_t{});
+    wrong = decode_rows_(layout_, slots_.data(), id_of_rank, part, scratch, {workspace->bytes.data(), bytes});
+    if (wrong) break;
+    const int64_t begin = part.ids - out.ids;
+    for (int64_t row = 0; row <= block.rows; ++row) part.offsets[row] += begin;
+    part.offsets += block.rows;
+    part.ids += block.entries;
+    part.logprobs += block.entries;
+    if (part.tail) part.tail += block.rows;
+    part.log_z += block.rows;
+    part.next += block.rows;
+    if (part.weights) part.weights += block.entries;
+  }
   // An encoder's ranks of ids stay as they are: the decoder takes back what it changes.
   give_back(std::move(workspace));
   return wrong;

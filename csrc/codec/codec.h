@@ -8,22 +8,10 @@
 #include <utility>
 #include <vector>
 
-#include "row_decoder.h"
+#include "contexts.h"
+#include "decode_rows.h"
 
 namespace kd {
-
-// Rows before they are coded: CSR, entries in falling order; a row without entries is not cached.
-struct RowsIn {
-  int64_t rows;
-  const int64_t* offsets;  // [rows + 1]
-  const int64_t* ids;      // [nnz]
-  const float* logprobs;   // [nnz], nats
-  const float* tail;       // [rows], or null
-  const float* log_z;      // [temperatures, rows]
-  const float* next;       // [rows], nats; NaN: not known
-  const float* weights;    // [nnz], or null
-  const int32_t* counts;   // [nnz], or null
-};
 
 // Ids by frequency, and ranks by id. Within a block an id that comes moves up: it is likely to come again. Who is
 // done with the block takes that back.
@@ -45,19 +33,25 @@ class Ranks {
   std::vector<uint32_t> rank_of_id;  // empty unless find_ranks was called: readers need none
 };
 
-// The distributions of all contexts, and how frequent ids are. Memory: 0.7 KiB a context and 128 KiB; where the model
-// ranks ids, 1 byte an id and 4 more for every thread that decodes at a time (8 where it encodes).
+// The bytes of a block, and what its head says of them.
+struct Payload {
+  Span bytes;
+  int64_t rows, entries;
+};
+
+// The distributions of all contexts, and how frequent ids are. Memory: 8 KiB a context; where the model ranks ids, 1 byte
+// an id and 4 more for every thread that decodes at a time (8 where it encodes).
 class RowModel {
  public:
-  RowModel();
+  explicit RowModel(DecodeRows decode_rows);
   ~RowModel();
 
   // Reads the payload of a model block.
   Complaint read(const RowLayout& layout, Span payload);
 
-  // Room for rows must be as RowsOut says. At most kBlockRows. What was written into it counts only if there is no
-  // complaint.
-  Complaint decode(Span payload, const RowsOut& out) const;
+  // The rows of blocks, one after the other. Room for them must be as RowsOut says, for all together. What was written into
+  // it counts only if there is no complaint.
+  Complaint decode(const std::vector<Payload>& blocks, const RowsOut& out) const;
 
   std::vector<uint8_t> encode(const RowsIn& rows) const;
 
@@ -71,9 +65,10 @@ class RowModel {
   std::unique_ptr<Workspace> take_workspace() const;
   void give_back(std::unique_ptr<Workspace> workspace) const;
 
+  DecodeRows decode_rows_;
   RowLayout layout_{};
   std::vector<Distribution> contexts_;
-  std::vector<SlotTable> gap_tables_;
+  std::vector<uint32_t> slots_;  // [contexts, kTotal]
   std::vector<uint8_t> levels_;  // [vocab]: logarithms of frequencies; empty: every id is its own rank, always
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> idle_;

@@ -6,6 +6,7 @@
 #include "rans.h"
 
 namespace kd {
+namespace KD_ISA {
 
 // Writes a code. Symbols are kept and coded last to first when all are known, as a stack is filled.
 class CodeWriter {
@@ -31,7 +32,7 @@ class CodeWriter {
 
   void number(const Distribution& d, uint32_t value) {
     const Symbol s = d.of(value);
-    symbols_.push_back(s.word % (1u << (2 * kTotalBits + 1)) | lane_ << (2 * kTotalBits + 1));
+    symbols_.push_back(Symbol::of(s.slot(), s.frequency(), lane_));
     lane_ = (lane_ + 1) % kLanes;
     bits(value - s.range().base, static_cast<uint32_t>(s.range().bits));
   }
@@ -42,9 +43,8 @@ class CodeWriter {
     std::vector<uint16_t> words(symbols_.size());  // last to first, as symbols: at most one each
     size_t first = words.size();
     for (size_t i = symbols_.size(); i-- > 0;) {
-      const uint32_t symbol = symbols_[i], start = symbol % kTotal;
-      const uint32_t frequency = symbol >> kTotalBits & (2 * kTotal - 1);
-      uint32_t& state = states[symbol >> (2 * kTotalBits + 1)];
+      const uint32_t start = symbols_[i].slot(), frequency = symbols_[i].frequency();
+      uint32_t& state = states[symbols_[i].number_class()];
       const uint32_t is_full = mask_of(state >= static_cast<uint64_t>(frequency) << (32 - kTotalBits));
       words[first - 1] = static_cast<uint16_t>(state);
       first -= is_full & 1;
@@ -64,11 +64,12 @@ class CodeWriter {
   }
 
  private:
-  std::vector<uint32_t> symbols_;  // start, frequency (at most kTotal), lane
+  std::vector<Symbol> symbols_;  // with the lane in the place of the class
   uint32_t lane_ = 0;
   std::vector<uint32_t> bits_;
   uint64_t window_ = 0;
   uint32_t filled_ = 0;
 };
 
+}  // namespace KD_ISA
 }  // namespace kd

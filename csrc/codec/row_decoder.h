@@ -4,135 +4,49 @@
 
 #include <cmath>
 
-#include "rans.h"
+#include "code_reader.h"
+#include "contexts.h"
 
 namespace kd {
+namespace KD_ISA {
 
-constexpr uint32_t kBlockRows = 256;      // at most
-constexpr uint32_t kFractions = 256;      // of a step, for the first entry of a row
-constexpr double kTailFinesse = 4;        // the tail's log-odds are stored to step / 4
-constexpr double kLogZFinesse = 16;       // log Z to step / 16
-constexpr uint32_t kMaxLevel = 1u << 30;
-constexpr uint32_t kMaxTailLevel = 1 << 20;  // that a tail is predicted from
-constexpr uint32_t kPlaces = 8, kOctaves = 14, kRankLevels = 32;
-constexpr uint32_t kTieBit = 1u << 31;  // of a rank
-constexpr uint32_t kIdBits = 25;        // one more than ids have
-constexpr uint32_t kCountMost = 16;     // longer runs of one level are sorted by a heap
-constexpr uint32_t kTop = 16, kDeep = 8192;  // ranks below kTop are final; from kDeep on they rise faster
+// Of a key: the id or rank, and above it the levels of the row so far, counted modulo 128.
+constexpr uint32_t kIdBits = 25;  // one more than ids have
+constexpr uint32_t kIdMask = (1u << kIdBits) - 1;
 
-enum class Weights : int { none, fp32, counts };
+#if defined(__AVX2__)
 
-// What the rows of a cache have in common: of the manifest.
-struct RowLayout {
-  uint32_t vocab, k;
-  double step;            // nats; 0: log-probabilities are stored as they are
-  uint32_t temperatures;  // whose log Z is stored
-  bool tail;
-  Weights weights;
-};
-
-// What is wrong with bytes. `what` is null where nothing is.
-struct Complaint {
-  const char* what = nullptr;
-  int64_t expected = 0, found = 0;
-  KD_HOST_DEVICE explicit operator bool() const { return what != nullptr; }
-};
-
-// Room for decoded rows. Rows that are not cached get a tail of 0, and NaN for the rest.
-struct RowsOut {
-  int64_t rows, entries;
-  int64_t* offsets;  // [rows + 1]
-  int64_t* ids;      // [entries]
-  float* logprobs;   // [entries]
-  float* tail;       // [rows], or null
-  float* log_z;      // [temperatures, rows]
-  float* next;       // [rows]
-  float* weights;    // [entries], or null
-  int32_t* counts;   // [entries], or null
-};
-
-// Room for what is known of a block while it is decoded. Entries stand by columns, as they are coded, or by rows.
-struct RowScratch {
-  uint32_t* columns;  // [k + 1]: where the entries of a column begin
-  uint32_t* gaps;     // [entries], by columns
-  uint32_t* ranks;    // [entries], by columns, with kTieBit
-  uint32_t* by_row;   // [entries]: log-probabilities by columns, and then ranks by rows
-  uint32_t *keys, *places, *moved;  // of the entries of a row: [k + 2 kCountMost], [k], [k]
-  uint64_t* run;                    // [k]: the entries of one level
-  uint32_t counts[kBlockRows];
-  uint8_t order[kBlockRows];     // cached rows by falling count
-  uint8_t position[kBlockRows];  // of a row in this order
-  uint8_t cached[kBlockRows];    // rows that are
-  // Of the rows in this order: the last level so far, how many entries have it, and the most that have one.
-  uint32_t fractions[kBlockRows], levels[kBlockRows];
-  int32_t lengths[kBlockRows], longest[kBlockRows];
-  uint32_t numbers[kBlockRows];
-};
-
-KD_HOST_DEVICE inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+// Words of eight rows, from eight columns.
+inline void transpose8(__m256i (&words)[8]) {
+  __m256i pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_epi32(words[i], words[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_epi32(words[i], words[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      fours[i + 2 * half] = _mm256_unpacklo_epi64(pairs[i + half], pairs[i + 2 + half]);
+      fours[i + 2 * half + 1] = _mm256_unpackhi_epi64(pairs[i + half], pairs[i + 2 + half]);
+    }
+  for (int i = 0; i < 4; ++i) {
+    words[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+    words[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+  }
 }
 
-KD_HOST_DEVICE inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-// Contexts. A gap depends on the place in the row; a rank on that, too, or, where the entry has the level of the one
-// before, on the octave of the rank before; and on whether the next entry has the same level.
-enum Context : uint32_t { kCount, kTail, kCutTail, kNext, kNextLevel, kIdLevel, kWeight, kGap, kRank = kGap + kPlaces,
-                          kTie = kRank + 2 * kPlaces, kLogZ = kTie + 2 * kOctaves };
-
-enum Next : uint32_t { kNotKnown, kImpossible, kNotKept, kEntry };  // kEntry + j: the row's entry j
-
-KD_HOST_DEVICE inline uint32_t context_count(const RowLayout& layout) { return kLogZ + layout.temperatures; }
-
-KD_HOST_DEVICE inline uint32_t place_of(uint32_t j) {
-  const uint32_t place = j == 0 ? 0 : 1 + log2_floor(j);
-  return place < kPlaces ? place : kPlaces - 1;
-}
-
-// Where an entry has the level of the one before it, and where the next one has its. Entry 0 is apart: it stays the
-// first.
-enum Company : uint8_t { kIsFollowed = 1, kIsTie = 2 };
-
-// before: the rank of the entry before, below 2^24, so that fp32 holds it. Its exponent is the octave.
-KD_HOST_DEVICE inline uint32_t rank_context(uint32_t place, uint32_t company, uint32_t before) {
-  const uint32_t octave = (bits_of(static_cast<float>(static_cast<int32_t>(before | 1))) >> 23) - 127;
-  const uint32_t tie = kPlaces + (octave < kOctaves ? octave : kOctaves - 1);
-  return kRank + (company & kIsFollowed) + 2 * (company & kIsTie ? tie : place);
-}
-
-// An id that came moves from its rank to this one, and that one's id to its.
-KD_HOST_DEVICE inline uint32_t promoted(uint32_t rank) { return rank >> ((rank >= kTop) + (rank >= kDeep)); }
-
-KD_HOST_DEVICE inline void promote(uint32_t* id_of_rank, uint32_t rank) {
-  const uint32_t to = promoted(rank), id = id_of_rank[rank];
-  id_of_rank[rank] = id_of_rank[to];
-  id_of_rank[to] = id;
-}
-
-// What a tail is expected to be, from the level of the last entry.
-KD_HOST_DEVICE inline int64_t tail_of_level(uint32_t level) {
-  return -static_cast<int64_t>(kTailFinesse) * (level < kMaxTailLevel ? level : kMaxTailLevel);
-}
-
-KD_HOST_DEVICE inline int64_t unzigzag(uint32_t v) { return v & 1 ? -static_cast<int64_t>(v / 2) - 1 : v / 2; }
-
+#endif
 
 // Decodes the payload of a block. What was written counts only if there is no complaint, but id_of_rank is then and
 // now as it was.
 class RowDecoder {
  public:
-  // contexts [context_count(layout)]; id_of_rank [vocab], or null: every id is its own rank, always.
-  // gap_tables [kPlaces]: of the contexts from kGap on; null: without.
-  KD_HOST_DEVICE RowDecoder(const RowLayout& layout, const Distribution* contexts, const SlotTable* gap_tables,
-                            uint32_t* id_of_rank, const RowsOut& out, RowScratch& scratch)
-      : layout_(layout), contexts_(contexts), gap_tables_(gap_tables), id_of_rank_(id_of_rank), out_(out),
-        scratch_(scratch) {}
+  // slots [context_count(layout), kTotal]: of Distribution::spread. id_of_rank [vocab], or null: every id is its own rank,
+  // always.
+  KD_HOST_DEVICE RowDecoder(const RowLayout& layout, const Symbol* slots, uint32_t* id_of_rank, const RowsOut& out,
+                            RowScratch& scratch)
+      : layout_(layout), slots_(slots), id_of_rank_(id_of_rank), out_(out), scratch_(scratch) {}
+
+  // Behind the payload stand kCodePad bytes that may be read.
 
   KD_HOST_DEVICE Complaint decode(Span payload) {
     if (out_.rows > kBlockRows) return {"rows of a block, at most", kBlockRows, out_.rows};
@@ -140,7 +54,7 @@ class RowDecoder {
     if (const Complaint wrong = counts()) return wrong;
     if (const Complaint wrong = is_exact() ? exact_logprobs() : rounded_logprobs()) return wrong;
     if (const Complaint wrong = ranks()) return wrong;
-    if (out_.weights || out_.counts) weights();
+    if (out_.weights) weights();
     ids();
     not_cached();
     if (out_.tail) tails();
@@ -155,8 +69,7 @@ class RowDecoder {
   KD_HOST_DEVICE uint32_t rows() const { return static_cast<uint32_t>(out_.rows); }
 
   KD_HOST_DEVICE void run(uint32_t count, uint32_t context, uint32_t* numbers) {
-    const Distribution& distribution = contexts_[context];
-    reader_.run(count, [&](uint32_t) -> const Distribution& { return distribution; }, numbers);
+    reader_.run(count, OneContext{slots_ + context * kTotal}, numbers);
   }
 
   KD_HOST_DEVICE Complaint counts() {
@@ -208,18 +121,26 @@ class RowDecoder {
 
   // From columns to rows. Tile by tile, as lines of the cache are few where they are as far apart as rows.
   template <class T> KD_HOST_DEVICE void transpose(const uint32_t* columns, T* by_row) const {
+    static_assert(sizeof(T) == sizeof(uint32_t), "words");
     constexpr uint32_t kTile = 8;
     for (uint32_t j = 0; j < columns_; j += kTile) {
       const uint32_t* tile[kTile];
       for (uint32_t i = 0; i < kTile && j + i < columns_; ++i) tile[i] = columns + scratch_.columns[j + i];
-      for (uint32_t p = 0, n = height(j); p < n; ++p) {
+      uint32_t p = 0;
+#if defined(__AVX2__)
+      const uint32_t whole = j + kTile <= columns_ ? height(j + kTile - 1) : 0;
+      for (; p + kTile <= whole; p += kTile) {
+        __m256i words[kTile];
+        for (uint32_t i = 0; i < kTile; ++i) words[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile[i] + p));
+        transpose8(words);
+        for (uint32_t i = 0; i < kTile; ++i)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_row + out_.offsets[scratch_.order[p + i]] + j), words[i]);
+      }
+#endif
+      for (const uint32_t n = height(j); p < n; ++p) {
         const uint32_t row = scratch_.order[p], left = scratch_.counts[row] - j;
         T* to = by_row + out_.offsets[row] + j;
-        if (left >= kTile) {
-          for (uint32_t i = 0; i < kTile; ++i) std::memcpy(to + i, tile[i] + p, sizeof(T));
-        } else {
-          for (uint32_t i = 0; i < left; ++i) std::memcpy(to + i, tile[i] + p, sizeof(T));
-        }
+        for (uint32_t i = 0; i < (left < kTile ? left : kTile); ++i) std::memcpy(to + i, tile[i] + p, sizeof(T));
       }
     }
   }
@@ -232,12 +153,6 @@ class RowDecoder {
     return {};
   }
 
-  KD_HOST_DEVICE void read_gaps(uint32_t count, uint32_t place, uint32_t* gaps) {
-    if (!gap_tables_) return run(count, kGap + place, gaps);
-    const SlotTable& table = gap_tables_[place];
-    reader_.run(count, [&](uint32_t) -> const SlotTable& { return table; }, gaps);
-  }
-
   KD_HOST_DEVICE Complaint rounded_logprobs() {
     const double unit = layout_.step / kFractions;
     uint32_t *const levels = scratch_.levels, *const fractions = scratch_.fractions;
@@ -248,7 +163,7 @@ class RowDecoder {
       uint32_t* const gaps = scratch_.gaps + scratch_.columns[j];
       uint32_t* const logprobs = scratch_.by_row + scratch_.columns[j];
       const uint32_t n = height(j);
-      read_gaps(n, place_of(j), gaps);
+      run(n, kGap + place_of(j), gaps);
       uint32_t wrong = 0;
       for (uint32_t i = 0; i < n; ++i) {
         const uint32_t gap = gaps[i], level = levels[i] + gap;
@@ -268,35 +183,30 @@ class RowDecoder {
     return {};
   }
 
+  // Keys of ranks, by columns and then by rows.
   KD_HOST_DEVICE Complaint ranks() {
-    const Distribution* const contexts = contexts_;
-    uint32_t* const context = scratch_.numbers;
+    uint32_t *const contexts = scratch_.numbers, *const levels = scratch_.key_levels;
     const uint32_t vocab = layout_.vocab;
+    for (uint32_t i = 0; i < cached_; ++i) levels[i] = 0;
     for (uint32_t j = 0; j < columns_; ++j) {
       const uint32_t n = height(j), followers = j > 0 && j + 1 < columns_ ? height(j + 1) : 0, place = place_of(j);
       const uint32_t *const gaps = scratch_.gaps + scratch_.columns[j], *const after = gaps + n;
-      uint32_t *const ranks = scratch_.ranks + scratch_.columns[j];
-      if (j < 2) {
-        for (uint32_t i = 0; i < n; ++i) context[i] = rank_context(place, 0, 0);
-      } else {
-        const uint32_t* const before = ranks - height(j - 1);
-        for (uint32_t i = 0; i < n; ++i)
-          context[i] = rank_context(place, gaps[i] == 0 ? kIsTie : 0, before[i] & ~kTieBit);
-      }
-      for (uint32_t i = 0; i < followers; ++i) context[i] += after[i] == 0;
-      reader_.run(n, [=](uint32_t i) -> const Distribution& { return contexts[context[i]]; }, ranks);
+      uint32_t* const keys = scratch_.ranks + scratch_.columns[j];
+      const uint32_t* const before = j < 2 ? nullptr : keys - height(j - 1);
+      for (uint32_t i = 0; i < n; ++i)
+        contexts[i] = before ? rank_context(place, gaps[i] == 0 ? kIsTie : 0, before[i] & kIdMask)
+                             : rank_context(place, 0, 0);
+      for (uint32_t i = 0; i < followers; ++i) contexts[i] += after[i] == 0;
+      reader_.run(n, OwnContexts{slots_, contexts}, keys);
       uint32_t wrong = 0;
-      if (j < 2) {
-        for (uint32_t i = 0; i < n; ++i) wrong |= ranks[i] >> 25 | (vocab - 1 - ranks[i]) >> 31;
-      } else {
-        const uint32_t* const before = ranks - height(j - 1);
-        for (uint32_t i = 0; i < n; ++i) {
-          const uint32_t tie = gaps[i] == 0 ? ~0u : 0, rank = ranks[i] + (((before[i] & ~kTieBit) + 1) & tie);
-          wrong |= ranks[i] >> 25 | (vocab - 1 - rank) >> 31;
-          ranks[i] = rank | (tie & kTieBit);
-        }
+      for (uint32_t i = 0; i < n; ++i) {
+        const uint32_t tie = before && gaps[i] == 0 ? ~0u : 0, number = keys[i];
+        const uint32_t rank = number + (before ? ((before[i] & kIdMask) + 1) & tie : 0);
+        wrong |= number >> kIdBits | (vocab - 1 - rank) >> 31;
+        levels[i] += (1u << kIdBits) & ~tie;
+        keys[i] = levels[i] | (rank & kIdMask);
       }
-      if (wrong) return {"ids, below", vocab, too_large(ranks, n)};
+      if (wrong) return {"ids, below", vocab, too_large(keys, n)};
       if (reader_.is_short()) return {"columns in a payload", columns_, j};
     }
     transpose(scratch_.ranks, scratch_.by_row);
@@ -304,19 +214,15 @@ class RowDecoder {
   }
 
   // The first of them that is not below the vocabulary's size.
-  KD_HOST_DEVICE int64_t too_large(const uint32_t* ranks, uint32_t count) const {
+  KD_HOST_DEVICE int64_t too_large(const uint32_t* keys, uint32_t count) const {
     for (uint32_t i = 0; i < count; ++i)
-      if ((ranks[i] & ~kTieBit) >= layout_.vocab) return ranks[i] & ~kTieBit;
+      if ((keys[i] & kIdMask) >= layout_.vocab) return keys[i] & kIdMask;
     return layout_.vocab;
   }
 
   // As they are coded: entries of one level are put in order when their ids are known.
   KD_HOST_DEVICE void weights() {
-    if (out_.weights)
-      for (int64_t i = 0; i < out_.entries; ++i) out_.weights[i] = float_of(reader_.bits(32));
-    if (!out_.counts) return;
-    for (uint32_t row = 0; row < rows(); ++row)
-      run(scratch_.counts[row], kWeight, reinterpret_cast<uint32_t*>(out_.counts) + out_.offsets[row]);
+    for (int64_t i = 0; i < out_.entries; ++i) out_.weights[i] = float_of(reader_.bits(32));
   }
 
   // Ids of ranks, as each row finds them and leaves them for the next. Of entries of one level the one with the lower
@@ -326,57 +232,83 @@ class RowDecoder {
       const uint32_t *const ranks = scratch_.by_row + out_.offsets[row], count = scratch_.counts[row];
       int64_t* const ids = out_.ids + out_.offsets[row];
       if (!id_of_rank_) {  // ranks of one level rise
-        for (uint32_t j = 0; j < count; ++j) ids[j] = ranks[j] & ~kTieBit;
+        for (uint32_t j = 0; j < count; ++j) ids[j] = ranks[j] & kIdMask;
         continue;
       }
       uint32_t* const keys = scratch_.keys + kCountMost;
       const uint32_t longest = count > 0 && !is_exact() ? scratch_.longest[scratch_.position[row]] : 1;
-      uint32_t level = 0;
-      for (uint32_t j = 0; j < count; ++j) {
-        const uint32_t is_tie = ranks[j] / kTieBit;
-        level += 1 - is_tie;
-        keys[j] = id_of_rank_[ranks[j] & ~kTieBit] + (level << kIdBits);
-      }
-      for (uint32_t j = 0; j < count; ++j) promote(id_of_rank_, ranks[j] & ~kTieBit);
-      find_places(ranks, count, longest);
+      for (uint32_t j = 0; j < count; ++j) keys[j] = id_of_rank_[ranks[j] & kIdMask] | (ranks[j] & ~kIdMask);
+      find_promoted(ranks, count);
+      for (uint32_t j = 0; j < count; ++j) swap_ids(ranks[j] & kIdMask, scratch_.places[j]);
+      find_places(count, longest);
       const uint32_t* const places = scratch_.places;
-      for (uint32_t j = 0; j < count; ++j) ids[places[j]] = keys[j] & ((1u << kIdBits) - 1);
-      if (longest == 1) continue;
-      if (out_.weights) move(out_.weights + out_.offsets[row], count);
-      if (out_.counts) move(out_.counts + out_.offsets[row], count);
+      for (uint32_t j = 0; j < count; ++j) ids[places[j]] = keys[j] & kIdMask;
+      if (longest > 1 && out_.weights) move(out_.weights + out_.offsets[row], count);
     }
-    for (int64_t i = out_.entries; id_of_rank_ && i-- > 0;) promote(id_of_rank_, scratch_.by_row[i] & ~kTieBit);
+    for (uint32_t row = id_of_rank_ ? rows() : 0; row-- > 0;) {
+      const uint32_t *const ranks = scratch_.by_row + out_.offsets[row], count = scratch_.counts[row];
+      find_promoted(ranks, count);
+      for (uint32_t j = count; j-- > 0;) swap_ids(ranks[j] & kIdMask, scratch_.places[j]);
+    }
   }
 
-  template <class T> KD_HOST_DEVICE void move(T* values, uint32_t count) {
-    std::memcpy(scratch_.moved, values, count * sizeof(T));
-    for (uint32_t j = 0; j < count; ++j) std::memcpy(values + scratch_.places[j], scratch_.moved + j, sizeof(T));
+  // Where the ranks of a row move up to, into scratch.places.
+  KD_HOST_DEVICE void find_promoted(const uint32_t* ranks, uint32_t count) {
+    uint32_t* const to = scratch_.places;
+    for (uint32_t j = 0; j < count; ++j) to[j] = promoted(ranks[j] & kIdMask);
+  }
+
+  KD_HOST_DEVICE void swap_ids(uint32_t a, uint32_t b) {
+    const uint32_t id = id_of_rank_[a];
+    id_of_rank_[a] = id_of_rank_[b];
+    id_of_rank_[b] = id;
+  }
+
+  KD_HOST_DEVICE void move(float* values, uint32_t count) {
+    for (uint32_t j = 0; j < count; ++j) scratch_.moved[j] = values[j];
+    for (uint32_t j = 0; j < count; ++j) values[scratch_.places[j]] = scratch_.moved[j];
   }
 
   // Where each entry of a row belongs: at its own place, less the greater entries before it, and the lesser ones behind
   // it more. Keys are ids and, above them, levels counted modulo 128: the sign of a difference tells the order of any
   // two that are near each other. Beside the row stand keys that are less and greater than all of it.
-  KD_HOST_DEVICE void find_places(const uint32_t* ranks, uint32_t count, uint32_t longest) {
+  KD_HOST_DEVICE void find_places(uint32_t count, uint32_t longest) {
     uint32_t *const keys = scratch_.keys + kCountMost, *const places = scratch_.places;
-    for (uint32_t j = 0; j < count; ++j) places[j] = j;
-    if (longest > kCountMost) return sort_runs(ranks, count);
+    if (longest > kCountMost) return sort_runs(count);
     for (uint32_t d = 1; d < longest; ++d) {
       keys[-static_cast<int32_t>(d)] = 0;
       keys[count + d - 1] = keys[count - 1] + (1u << kIdBits);
     }
+#if defined(__AVX2__)
+    const auto load = [](const uint32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
+    __m256i own = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    for (uint32_t j = 0; j < count; j += kScratchLanes, own = _mm256_add_epi32(own, _mm256_set1_epi32(kScratchLanes))) {
+      const __m256i key = load(keys + j);
+      __m256i place = own;
+      for (uint32_t d = 1; d < longest; ++d) {
+        const __m256i lesser = _mm256_srli_epi32(_mm256_sub_epi32(load(keys + j + d), key), 31);
+        const __m256i greater = _mm256_srli_epi32(_mm256_sub_epi32(key, load(keys + j - d)), 31);
+        place = _mm256_add_epi32(place, _mm256_sub_epi32(lesser, greater));
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(places + j), place);
+    }
+#else
+    for (uint32_t j = 0; j < count; ++j) places[j] = j;
     for (uint32_t d = 1; d < longest; ++d) {
       const uint32_t *const before = keys - d, *const after = keys + d;
       for (uint32_t j = 0; j < count; ++j)
         places[j] += ((after[j] - keys[j]) >> 31) - ((keys[j] - before[j]) >> 31);
     }
+#endif
   }
 
   // A row may have 65,535 entries of one level.
-  KD_HOST_DEVICE void sort_runs(const uint32_t* ranks, uint32_t count) {
+  KD_HOST_DEVICE void sort_runs(uint32_t count) {
+    const uint32_t* const keys = scratch_.keys + kCountMost;
     for (uint32_t begin = 0, stop; begin < count; begin = stop) {
       uint64_t* const run = scratch_.run;
-      for (stop = begin; stop == begin || (stop < count && ranks[stop] & kTieBit); ++stop)
-        run[stop - begin] = uint64_t{scratch_.keys[kCountMost + stop] & ((1u << kIdBits) - 1)} << 32 | stop;
+      for (stop = begin; stop < count && (keys[stop] ^ keys[begin]) >> kIdBits == 0; ++stop)
+        run[stop - begin] = uint64_t{keys[stop] & kIdMask} << 32 | stop;
       heapsort(run, stop - begin);
       for (uint32_t j = begin; j < stop; ++j) scratch_.places[static_cast<uint32_t>(run[j - begin])] = j;
     }
@@ -407,7 +339,7 @@ class RowDecoder {
     for (uint32_t row = 0; row < rows(); ++row) {
       if (scratch_.counts[row] > 0) continue;
       if (out_.tail) out_.tail[row] = 0;
-      for (uint32_t t = 0; t < layout_.temperatures; ++t) out_.log_z[t * out_.rows + row] = NAN;
+      for (uint32_t t = 0; t < layout_.temperatures; ++t) out_.log_z[t * out_.log_z_stride + row] = NAN;
       out_.next[row] = NAN;
     }
   }
@@ -421,9 +353,9 @@ class RowDecoder {
   KD_HOST_DEVICE void tails() {
     if (is_exact()) return exact(out_.tail);
     const auto is_cut = [&](uint32_t i) { return scratch_.counts[scratch_.cached[i]] < layout_.k; };
-    reader_.run(
-        cached_, [&](uint32_t i) -> const Distribution& { return contexts_[is_cut(i) ? kCutTail : kTail]; },
-        scratch_.numbers);
+    uint32_t* const contexts = scratch_.key_levels;  // by now free
+    for (uint32_t i = 0; i < cached_; ++i) contexts[i] = is_cut(i) ? kCutTail : kTail;
+    reader_.run(cached_, OwnContexts{slots_, contexts}, scratch_.numbers);
     int64_t cut_tail = 0;
     for (uint32_t i = 0; i < cached_; ++i) {
       const uint32_t row = scratch_.cached[i], code = scratch_.numbers[i];
@@ -439,7 +371,7 @@ class RowDecoder {
 
   KD_HOST_DEVICE void log_z() {
     for (uint32_t t = 0; t < layout_.temperatures; ++t) {
-      float* log_z = out_.log_z + t * out_.rows;
+      float* log_z = out_.log_z + t * out_.log_z_stride;
       if (is_exact()) {
         exact(log_z);
         continue;
@@ -476,8 +408,7 @@ class RowDecoder {
   }
 
   const RowLayout& layout_;
-  const Distribution* contexts_;
-  const SlotTable* gap_tables_;
+  const Symbol* slots_;
   uint32_t* id_of_rank_;
   const RowsOut& out_;
   RowScratch& scratch_;
@@ -485,4 +416,5 @@ class RowDecoder {
   uint32_t cached_ = 0, columns_ = 0;
 };
 
+}  // namespace KD_ISA
 }  // namespace kd

@@ -44,7 +44,7 @@ class RowModel:
         ValueError: the payload is no model of such a cache.
         RuntimeError: the extension was not built.
 
-    Cost: about 170 KiB. If the model ranks ids, 1 byte an id of the vocabulary, and 4 more for every thread that
+    Cost: about 0.5 MiB. If the model ranks ids, 1 byte an id of the vocabulary, and 4 more for every thread that
     decodes at a time (8 where it encodes). Such a thread keeps 12 bytes an entry of its largest block, too.
     """
 
@@ -59,28 +59,33 @@ class RowModel:
         return self._native.encode(arguments)
 
     def bits(self, rows: CachedRows) -> dict[str, float]:
-        """What each stream takes of the payload of these rows, in bits; to the lanes' 20 bytes, they add up to it."""
+        """What each stream takes of the payload of these rows, in bits; to the lanes' 68 bytes, they add up to it."""
         arguments, _ = _addresses(rows.targets, rows.next_logprobs, self._manifest)
         by_context = self._native.bits(arguments)
         sums = {name: sum(by_context[begin:end]) for name, begin, end in _STREAMS}
         return sums | {"log Z": sum(by_context[_STREAMS[-1][2] :])}
 
-    def decode(self, payload: bytes | memoryview, rows: int, entries: int) -> CachedRows:
-        """The rows of a block's payload. Nothing larger is allocated than ``rows`` and ``entries`` take.
+    def decode(self, blocks: Sequence[tuple[bytes | memoryview, int, int]]) -> CachedRows:
+        """The rows of blocks, one after the other. Nothing larger is allocated than their rows and entries take.
+
+        Args:
+            blocks: payload, rows and entries of each, as its head says.
 
         Raises:
-            ValueError: the payload is not what :meth:`encode` makes of so many rows and entries.
+            ValueError: a payload is not what :meth:`encode` makes of so many rows and entries.
         """
-        manifest = self._manifest
-        if not 0 <= entries <= rows * manifest.k:
-            raise ValueError(f"entries of a block: expected 0..{rows * manifest.k}, found {entries}")
+        manifest, rows, entries = self._manifest, 0, 0
+        for _, block_rows, block_entries in blocks:
+            if not 0 <= block_entries <= block_rows * manifest.k:
+                raise ValueError(f"entries of a block: expected 0..{block_rows * manifest.k}, found {block_entries}")
+            rows, entries = rows + block_rows, entries + block_entries
         offsets, ids = torch.empty(rows + 1, dtype=torch.int64), torch.empty(entries, dtype=torch.int64)
         logprobs, following = torch.empty(entries), torch.empty(rows)
         tail = torch.empty(rows) if manifest.tail else None
         weights = torch.empty(entries) if manifest.importance else None
         stored = torch.empty(len(manifest.stored_temperatures), rows)
         columns = _tuple(rows, offsets, ids, logprobs, tail, stored, following, weights)
-        _raise(self._native.decode(payload, entries, columns))
+        _raise(self._native.decode(blocks, columns))
         targets = SparseTargets(offsets, ids, logprobs, tail, weights, manifest.temperatures, _log_z(stored, manifest))
         return CachedRows(targets, following)
 
@@ -107,7 +112,7 @@ def learn_model(rows: Sequence[CachedRows], id_counts: Tensor | None, manifest: 
 def _layout(manifest: CacheManifest) -> Any:
     return extension().RowLayout(
         vocab=manifest.vocab, k=manifest.k, step=manifest.step_nats, temperatures=len(manifest.stored_temperatures),
-        tail=manifest.tail, weights=int(manifest.importance),
+        tail=manifest.tail, weights=manifest.importance,
     )
 
 
@@ -128,7 +133,7 @@ def _addresses(
 
 
 def _tuple(rows: int, *tensors: Tensor | None) -> tuple[int, ...]:
-    return rows, *(0 if x is None else x.data_ptr() for x in tensors), 0
+    return rows, *(0 if x is None else x.data_ptr() for x in tensors)
 
 
 def _log_z(stored: Tensor, manifest: CacheManifest) -> Tensor:

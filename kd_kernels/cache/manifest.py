@@ -18,7 +18,7 @@ from kd_kernels.cache.storage import sync_folder, system_errors
 
 __all__ = ["VERSION", "CacheManifest", "check_same", "create_manifest", "read_manifest"]
 
-VERSION = 2
+VERSION = 3
 MAX_KEPT = (1 << 16) - 1
 MAX_VOCAB = 1 << 24
 _NAME = "manifest.jsonl"

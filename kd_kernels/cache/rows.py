@@ -53,6 +53,8 @@ class CachedRows:
 
     def slice(self, start: int, stop: int) -> CachedRows:
         """Rows ``start`` to ``stop``, as views."""
+        if (start, stop) == (0, len(self)):
+            return self
         targets = self.targets
         offsets = targets.offsets[start : stop + 1]
         entries, rows = slice(int(offsets[0]), int(offsets[-1])), slice(start, stop)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import os
 from collections import Counter
-from pathlib import Path
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from kd_kernels.cache.codec import RowModel, row_model
 from kd_kernels.cache.errors import CacheError
@@ -83,22 +84,23 @@ class Shard:
     def rows(self, entry: IndexEntry, manifest: CacheManifest) -> CachedRows:
         """The rows of one sequence. Raises CacheError unless they are there, all of them, and that sequence's."""
         data = memoryview(self._file.read(entry.offset, entry.size))
-        parts: list[CachedRows] = []
+        blocks: list[Block] = []
         at = done = 0
         while at < entry.size:
-            block = decode_block(self.path, self._seed, entry.offset + at, data[at:])
-            decoded = self._decode(block, manifest)
-            start = 0
-            for piece in block.pieces:
-                if piece.key == entry.key and (piece.sequence_rows, piece.first_row) == (entry.rows, done):
-                    parts.append(decoded.slice(start, start + piece.rows))
-                    done += piece.rows
-                start += piece.rows
-            at += block.size
+            blocks.append(decode_block(self.path, self._seed, entry.offset + at, data[at:]))
+            at += blocks[-1].size
+        decoded = self._decode(blocks, manifest)
+        begin = start = 0
+        for piece in itertools.chain.from_iterable(block.pieces for block in blocks):
+            begin = begin if done else start
+            expected = (entry.key, entry.rows, done, begin + done)
+            if (piece.key, piece.sequence_rows, piece.first_row, start) == expected:
+                done += piece.rows
+            start += piece.rows
         if done != entry.rows:
             what = f"rows of sequence {entry.key.hex()}"
             raise CacheError.mismatch(self.path, entry.offset, what, entry.rows, done)
-        return CachedRows.cat(parts)
+        return decoded.slice(begin, begin + done)
 
     def stream_bytes(
         self, manifest: CacheManifest, seen: Callable[[bytes, CachedRows], None] | None = None
@@ -120,7 +122,7 @@ class Shard:
             else:
                 size = min(block_size(self.path, offset, head), stop - offset)
                 block = decode_block(self.path, self._seed, offset, memoryview(self._file.read(offset, size)))
-                decoded = self._decode(block, manifest)
+                decoded = self._decode([block], manifest)
                 bits.update(self._model(block.model, manifest).bits(decoded))
                 start = 0
                 for piece in block.pieces if seen is not None else ():
@@ -149,7 +151,7 @@ class Shard:
             size = min(block_size(self.path, offset, head), stop - offset)
             block = decode_block(self.path, self._seed, offset, memoryview(self._file.read(offset, size)))
             if manifest is not None:
-                self._decode(block, manifest)
+                self._decode([block], manifest)
             for piece in block.pieces:
                 if done == 0:
                     open_piece, begin, cached = piece, offset, 0
@@ -193,15 +195,30 @@ class Shard:
                 raise CacheError(f"{self.path}, offset {offset}: {error}", self.path, offset) from error
         return self._models[offset]
 
-    def _decode(self, block: Block, manifest: CacheManifest) -> CachedRows:
-        model = self._model(block.model, manifest)
+    def _decode(self, blocks: Sequence[Block], manifest: CacheManifest) -> CachedRows:
+        """The rows of blocks that follow on each other: in one call, as long as they have the same model."""
+        parts = [
+            self._decode_alike(list(alike), manifest)
+            for _, alike in itertools.groupby(blocks, key=operator.attrgetter("model"))
+        ]
+        return parts[0] if len(parts) == 1 else CachedRows.cat(parts)
+
+    def _decode_alike(self, blocks: list[Block], manifest: CacheManifest) -> CachedRows:
+        model = self._model(blocks[0].model, manifest)
         try:
-            rows = model.decode(block.payload, block.rows, block.entries)
+            rows = model.decode([(block.payload, block.rows, block.entries) for block in blocks])
         except ValueError as error:
-            raise CacheError(f"{self.path}, offset {block.offset}: {error}", self.path, block.offset) from error
-        found, expected = int(rows.positions.sum()), sum(piece.cached_rows for piece in block.pieces)
-        if found != expected:
-            raise CacheError.mismatch(self.path, block.offset, "cached rows of a block", expected, found)
+            if len(blocks) > 1:  # which of them is it?
+                for block in blocks:
+                    self._decode_alike([block], manifest)
+            raise CacheError(f"{self.path}, offset {blocks[0].offset}: {error}", self.path, blocks[0].offset) from error
+        positions, start = rows.positions, 0
+        for block in blocks:
+            found = int(positions[start : start + block.rows].sum())
+            expected = sum(piece.cached_rows for piece in block.pieces)
+            if found != expected:
+                raise CacheError.mismatch(self.path, block.offset, "cached rows of a block", expected, found)
+            start += block.rows
         return rows
 
 

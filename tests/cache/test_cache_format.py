@@ -42,12 +42,12 @@ def plain_key(identity: dict, tokens: list[int], segments: list[int]) -> bytes:
 
 
 class PlainCode:
-    """Section 4.1: four lanes, words and bits."""
+    """Section 4.1: sixteen lanes, words and bits."""
 
     def __init__(self, data: bytes) -> None:
-        *self.lanes, count = struct.unpack_from("<5I", data)
-        self.words = list(struct.unpack_from(f"<{count}H", data, 20))[::-1]
-        self.rest, self.left = int.from_bytes(data[20 + 2 * count :], "little"), 8 * (len(data) - 20 - 2 * count)
+        *self.lanes, count = struct.unpack_from("<17I", data)
+        self.words = list(struct.unpack_from(f"<{count}H", data, 68))[::-1]
+        self.rest, self.left = int.from_bytes(data[68 + 2 * count :], "little"), 8 * (len(data) - 68 - 2 * count)
 
     def bits(self, count: int) -> int:
         value, self.rest, self.left = self.rest & (1 << count) - 1, self.rest >> count, self.left - count
@@ -63,13 +63,13 @@ class PlainCode:
     def run(self, contexts: Iterable[list[int]]) -> Iterator[int]:
         """Numbers of which the i-th has the i-th context, which may depend on the rows of the numbers before."""
         for i, frequencies in enumerate(contexts):
-            yield self._number(i % 4, frequencies)
+            yield self._number(i % 16, frequencies)
 
     def _number(self, lane: int, frequencies: list[int]) -> int:
-        slot, start, symbol = self.lanes[lane] % 4096, 0, 0
+        slot, start, symbol = self.lanes[lane] % 2048, 0, 0
         while start + frequencies[symbol] <= slot:
             start, symbol = start + frequencies[symbol], symbol + 1
-        state = frequencies[symbol] * (self.lanes[lane] // 4096) + slot - start
+        state = frequencies[symbol] * (self.lanes[lane] // 2048) + slot - start
         self.lanes[lane] = state << 16 | self.words.pop() if state < 1 << 16 else state
         if symbol == len(frequencies) - 1:
             return self.bits(32)
@@ -79,7 +79,7 @@ class PlainCode:
         return (2 + symbol % 2 << octave - 1) + self.bits(octave - 1)
 
     def end(self) -> None:
-        assert self.lanes == [1 << 16] * 4 and not self.words and self.left < 8 and self.rest == 0
+        assert self.lanes == [1 << 16] * 16 and not self.words and self.left < 8 and self.rest == 0
 
 
 def signed(value: int) -> int:
@@ -93,7 +93,7 @@ def plain_model(identity: dict, payload: bytes) -> tuple[list[list[int]], list[i
         alphabet = code.gamma()
         assert alphabet <= 73
         frequencies = [code.gamma() for _ in range(alphabet - 1)]
-        contexts.append([*frequencies, 4096 - sum(frequencies)])
+        contexts.append([*frequencies, 2048 - sum(frequencies)])
         assert contexts[-1][-1] > 0
     ids = list(range(identity["vocab"]))
     is_ranked = code.bits(1)
@@ -190,14 +190,14 @@ def plain_read(folder: Path) -> tuple[dict, dict[bytes, list[dict]]]:
     """Identity, and rows by key (None: not cached), of a whole cache."""
     body, _ = checked_lines(folder / "manifest.jsonl")
     identity = json.loads(body)
-    assert identity["version"] == 2
+    assert identity["version"] == 3
     digest = hashlib.blake2b(body, digest_size=16).digest()
     sequences = {}
     for journal in folder.glob("*.journal"):
         for record in map(json.loads, checked_lines(journal)):
             shard = (folder / f"{journal.stem}-{record['number']:06d}.kdc").read_bytes()
             assert len(shard) == record["bytes"]
-            header = struct.pack("<8sII16s24s4x", b"KDCACHE\n", 2, record["number"], digest, journal.stem.encode())
+            header = struct.pack("<8sII16s24s4x", b"KDCACHE\n", 3, record["number"], digest, journal.stem.encode())
             seed = zlib.crc32(header)
             assert shard[:64] == header + struct.pack("<I", seed)
             index_at, count, crc, magic = struct.unpack("<QQI8s", shard[-28:])
@@ -321,6 +321,6 @@ def test_the_vectors_of_the_format():
     assert [row["tail"] for row in (first, third)] == pytest.approx([-3.003986, -2.506910], abs=1e-6)
     assert [(row["log_z"], row["next"]) for row in (first, third)] == [([0.0, 1.5], -2.0), ([0.0, 0.75], -6.25)]
     cache = manifest(vocab=40, k=4, temperatures=(1.0, 2.0))
-    found = RowModel(model, cache).decode(block, 3, 6)
+    found = RowModel(model, cache).decode([(block, 3, 6)])
     assert found.targets.ids.tolist() == first["ids"] + third["ids"]
     assert RowModel(model, cache).encode(found) == block

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kd_kernels._backend import extension
 from kd_kernels.cache import CachedRows, CacheManifest
 from kd_kernels.cache.codec import RowModel, learn_model
 from kd_kernels.logits import SparseTargets
@@ -28,16 +29,20 @@ TARGET_FLAGS = (
     "-fsanitize-coverage=trace-pc,trace-cmp", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}",
 )
 
+# The build of the decoder that reads many numbers at a time, or, where the processor cannot run it, the plain one again.
+VECTOR_FLAGS = ("-DKD_ISA=avx2", *(("-mavx2", "-mfma") if extension().isa != "baseline" else ()))
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="fuzz: there is no g++")
 
 
-def build(folder: Path, *sources: Path) -> Path:
-    """The fuzzer of these targets."""
+def build(folder: Path, *targets: tuple[Path, tuple[str, ...]]) -> Path:
+    """The fuzzer of these sources, each compiled with flags of its own."""
     objects = []
     for source, flags in [
-        (HERE / "driver.cpp", ("-std=c++17", "-O2")), *((source, TARGET_FLAGS) for source in sources)
+        (HERE / "driver.cpp", ("-std=c++17", "-O2")),
+        *((source, (*TARGET_FLAGS, *flags)) for source, flags in targets)
     ]:
-        objects.append(folder / f"{source.stem}.o")
+        objects.append(folder / f"{len(objects)}.o")
         subprocess.run(["g++", *flags, "-c", source, "-o", objects[-1]], check=True, timeout=300)
     subprocess.run(["g++", "-fsanitize=address,undefined", *objects, "-o", folder / "fuzz"], check=True, timeout=300)
     return folder / "fuzz"
@@ -52,7 +57,7 @@ def fuzz(program: Path, corpus: Path, seconds: float) -> subprocess.CompletedPro
 def test_the_fuzzer_finds_what_no_blind_search_finds(tmp_path):
     """A read one byte too far, behind a magic number of four bytes and a length that has to fit."""
     (tmp_path / "corpus").mkdir()
-    program = build(tmp_path, HERE / "planted_bug.cpp")
+    program = build(tmp_path, (HERE / "planted_bug.cpp", ()))
     found = fuzz(program, tmp_path / "corpus", 240)
     assert found.returncode != 0 and "heap-buffer-overflow" in found.stderr
     again = subprocess.run([program, tmp_path / "crash.bin"], capture_output=True, text=True)
@@ -97,7 +102,11 @@ def test_the_decoder_never_reads_or_writes_out_of_bounds(tmp_path):
     for name, changes in kinds.items():
         for ranked in (False, True):
             (corpus / f"{name}-{ranked}").write_bytes(seed(20, CacheManifest(**fields | changes), ranked))
-    program = build(tmp_path, HERE / "decode_rows.cpp", ROOT / "csrc" / "codec" / "codec.cpp")
+    codec = ROOT / "csrc" / "codec"
+    program = build(
+        tmp_path, (HERE / "decode_rows.cpp", ()), (codec / "codec.cpp", ()), (codec / "decode_rows.cpp", ()),
+        (codec / "decode_rows.cpp", VECTOR_FLAGS),
+    )
     found = fuzz(program, corpus, SECONDS)
     assert found.returncode == 0, found.stderr[-4000:]
     covered = json.loads(found.stdout)

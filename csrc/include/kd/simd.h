@@ -11,18 +11,17 @@
 #include <cstring>
 #include <limits>
 
+#include "host_device.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#ifndef KD_ISA
-#define KD_ISA baseline
-#endif
 #ifndef KD_VECTOR_BYTES
 #define KD_VECTOR_BYTES 16
 #endif
 
-#define KD_INLINE static inline __attribute__((always_inline))
+#define KD_INLINE static KD_FORCE_INLINE
 
 namespace kd {
 namespace KD_ISA {
