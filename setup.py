@@ -1,7 +1,8 @@
 """Builds ``kd_kernels._C``: C++ for the CPU, and CUDA where nvcc is found. pyproject.toml holds everything else.
 
-The sources in csrc/cpu and the cache's decoder are compiled once for each instruction set, and the extension picks one when
-it is loaded, so that one build runs anywhere. No header of torch is used: the build takes seconds and serves every torch release.
+The sources in csrc/cpu and the cache's decoder are compiled once for each instruction set, and the extension picks one
+when it is loaded, so that one build runs anywhere. No header of torch is used: the build takes seconds and serves every
+torch release.
 
 Environment: KD_CPP=0 leaves the extension out; KD_CUDA=0 leaves CUDA out; KD_CUDA_ARCHS lists compute capabilities
 ("80;90a;100"); CXX and NVCC name the compilers.

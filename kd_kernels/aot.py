@@ -212,7 +212,8 @@ __global__ void philox_kernel(const uint64_t* seeds, const uint64_t* keys, const
 
 ROW_DECODER_KERNEL = """
 #include "codec/row_decoder.h"
-// One block of the cache a thread. payloads, outs, scratches, wrong: [n]; a rank of ids each, [n, vocab]; slots: [contexts, kTotal].
+// One block of the cache a thread. slots: [contexts, kTotal]; payloads, outs, scratches, wrong: [n]; ids of ranks:
+// [n, vocab].
 __global__ void row_decoder_kernel(kd::RowLayout layout, const kd::Symbol* slots, uint32_t* id_of_rank,
                                    const kd::Span* payloads, const kd::RowsOut* outs, kd::RowScratch* scratches,
                                    kd::Complaint* wrong, int n) {

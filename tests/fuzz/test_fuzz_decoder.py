@@ -29,7 +29,7 @@ TARGET_FLAGS = (
     "-fsanitize-coverage=trace-pc,trace-cmp", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}",
 )
 
-# The build of the decoder that reads many numbers at a time, or, where the processor cannot run it, the plain one again.
+# The decoder that reads many numbers at a time, or, where the processor cannot run it, the plain one again.
 VECTOR_FLAGS = ("-DKD_ISA=avx2", *(("-mavx2", "-mfma") if extension().isa != "baseline" else ()))
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="fuzz: there is no g++")
