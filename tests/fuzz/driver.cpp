@@ -214,7 +214,7 @@ int main(int argc, char** argv) {
       for (const auto& file : std::filesystem::directory_iterator(argument)) corpus.push_back(read(file.path()));
     } else corpus.push_back(read(argument));
   }
-  __asan_set_death_callback(save_running);
+  if (fuzzing) __asan_set_death_callback(save_running);  // one that is run again is there already
   std::sort(corpus.begin(), corpus.end());  // a folder lists its files in any order
   for (const auto& input : corpus) run(input);
   if (!fuzzing) return 0;
