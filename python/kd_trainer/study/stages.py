@@ -44,11 +44,12 @@ class Stages:
 
     def write_questions(self) -> list[Question]:
         """Write both files. Returns the questions of the dev part."""
+        read = {part: read_questions(self.source, part) for part in ("train", "dev")}
         tokenizer = load_tokenizer(self.size.base)
         chosen: list[Question] = []
         for part, count in (("train", self.size.train_questions), ("dev", self.size.dev_questions)):
             chosen = []
-            for question in read_questions(self.source, part):
+            for question in read[part]:
                 ids = tokenizer(question.prompt + question.completion)["input_ids"]
                 if len(ids) < self.size.max_length:  # one place is the end's
                     chosen.append(question)
