@@ -143,6 +143,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = 2
     resume: bool = True  # go on from the last checkpoint in `out`
     tensorboard: bool = True
+    plot: bool = True  # of the metrics, when all steps are done
     max_scratch_mib: int | None = None  # of kd_loss; None: its default
 
     def __post_init__(self) -> None:

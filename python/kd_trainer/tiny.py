@@ -36,7 +36,7 @@ def make_tiny(folder: Path) -> tuple[Path, Path]:
     config = Config(
         out=str(folder / "teacher"), method="sft", student=StudentConfig(model=str(untrained)),
         data=DataConfig(source=str(lessons), max_length=96), optim=OptimConfig(lr=5e-3),
-        train=TrainConfig(steps=200, batch_tokens=1024, tensorboard=False),
+        train=TrainConfig(steps=200, batch_tokens=1024, tensorboard=False, plot=False),
     )
     return train(config), text
 

@@ -128,7 +128,7 @@ def train(config: Config) -> Path:
                     checkpoint.keep_last(out / "checkpoints", config.train.keep_checkpoints)
 
     checkpoint.save(out / "model", accelerator, parts.student.model, tokenizer, going_on, steps, identity, final=True)
-    if is_main:
+    if is_main and config.train.plot:
         plot_run(out / "metrics.jsonl", out / "plot.png")
     return out / "model"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from test_distribution import g_test
 DRAWS = (Path(philox.__file__).parent / "DRAWS.md").read_text()
 TEACHER_ROW = (torch.arange(300) * 37 % 101).float() / 8
 STUDENT_ROW = (torch.arange(300) * 53 % 97).float() / 8
+EXAMPLES = 12 if os.environ.get("TRITON_INTERPRET") == "1" else 40
+"""Of a property; the interpreter takes two seconds for one."""
 
 
 def signed(digits: str) -> int:
@@ -85,7 +88,7 @@ def rows_of_few_values(data: st.DataObject, vocab: int) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])  # by search: the interpreter would take minutes
-@settings(max_examples=40)
+@settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_speculative_verdicts_are_the_oracles(backend: str, data: st.DataObject) -> None:
     vocab = data.draw(st.sampled_from([1, 3, 60, 130]))
@@ -109,7 +112,7 @@ def test_speculative_verdicts_are_the_oracles(backend: str, data: st.DataObject)
     assert found.rank is None
 
 
-@settings(max_examples=40)
+@settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_rank_verdicts_are_a_sort_and_the_oracles_draw(backend: str, data: st.DataObject) -> None:
     vocab = data.draw(st.sampled_from([1, 3, 60, 130, 300]))
@@ -144,7 +147,8 @@ def test_a_replacement_is_the_draw_of_sample_and_ranks_are_token_stats(backend: 
     assert torch.equal(found.ids, torch.where(stats.in_top_k, drafts, other.ids))
     assert torch.equal(found.logprobs[~stats.in_top_k], other.logprobs[~stats.in_top_k])
     assert torch.equal(found.model_logprobs, torch.where(stats.in_top_k, stats.logprob, other.model_logprobs))
-    assert not torch.equal(other.ids, sample(teacher, **law, seed=3, backend=backend).ids)  # words of its own
+    draws = sample(teacher[:10], **law, seed=3, backend=backend).ids
+    assert not torch.equal(other.ids[:10], draws)  # words of its own
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -40,7 +40,7 @@ def make_config(tiny: Path, text: Path, tmp_path: Path):
         tree = {
             "out": str(tmp_path / "run"), "method": "sft", "student": {"model": str(tiny)},
             "data": {"source": str(text), "max_length": 48}, "optim": {"lr": 1e-3},
-            "train": {"steps": 4, "batch_tokens": 256, "tensorboard": False},
+            "train": {"steps": 4, "batch_tokens": 256, "tensorboard": False, "plot": False},
         }
         for key, value in changes.items():
             tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value

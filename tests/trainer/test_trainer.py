@@ -178,7 +178,7 @@ def test_a_finished_run_is_left_as_it_is(make_config, capsys):
 
 
 def test_checkpoints_are_folders_for_from_pretrained(make_config):
-    model = train(make_config(train={"save_every": 2, "steps": 5, "tensorboard": True}))
+    model = train(make_config(train={"save_every": 2, "steps": 5, "tensorboard": True, "plot": True}))
     run = model.parent
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     for folder in (model, run / "checkpoints" / "step-00000004"):
