@@ -34,15 +34,20 @@ TORCH = "torch: "
 """Begins the names of what is measured for comparison."""
 ROUNDS = 9
 """Of the verbs, at least: of three or five, a median of ratios is off by a tenth now and then."""
+OVER_TWO = ", over two products"
+"""Ends the names of what multiplies by a teacher's and a student's head."""
 LOGPROB_ERROR = 2e-3  # nats, of bf16 products on a GPU; 1e-4 in fp32
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Hidden states of so many rows, a head whose logits have a standard deviation of 3, and an id for each row."""
+    """Hidden states of so many rows, a head whose logits have a standard deviation of 3, and an id for each row; a
+    student of the same size at a total variation of about 0.25, and what it drafts."""
 
     noun: LinearLogits
     ids: Tensor
+    student: LinearLogits
+    drafts: Tensor
 
     @staticmethod
     def make(rows: int, hidden: int, vocab: int, device: str) -> Rows:
@@ -51,7 +56,8 @@ class Rows:
         normal = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)  # noqa: E731
         states, weight = normal(rows, hidden), normal(vocab, hidden).mul_(3 / hidden**0.5)
         ids = torch.randint(0, vocab, (rows,), generator=generator, device=device)
-        return Rows(LinearLogits(states, weight), ids)
+        student = LinearLogits(states, weight + normal(vocab, hidden).mul_(0.6 / hidden**0.5))
+        return Rows(LinearLogits(states, weight), ids, student, sample(student, seed=2).ids)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -62,14 +68,25 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.scatter(-1, ids, ordered.masked_fill(cut, -torch.inf))
 
 
+def _speculative(teacher: Tensor, student: Tensor, drafts: Tensor) -> Tensor:
+    """As one writes it: min(1, p/q), and a draw from what is left of the teacher."""
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    of_draft = lambda x: x.gather(-1, drafts[:, None])[:, 0]  # noqa: E731
+    accepted = torch.rand(len(drafts), device=drafts.device) * of_draft(q) <= of_draft(p)
+    left = (p - q).clamp_(min=0)
+    drawn = torch.multinomial(torch.where(left.sum(-1, keepdim=True) > 0, left, p), 1)[:, 0]
+    return torch.where(accepted, drafts, drawn)
+
+
 def contenders(rows: Rows) -> dict[str, Callable[[], object]]:
     """By name; "product" is what all others are measured against."""
-    noun, ids = rows.noun, rows.ids
+    noun, ids, student, drafts = rows.noun, rows.ids, rows.student, rows.drafts
     count, vocab = len(ids), noun.vocab
     pitch = products.row_pitch(vocab, torch.float32, ids.device)
     out = products.new_memory(count, pitch, dtype=torch.float32, device=ids.device)[:, :vocab]
     head = heads.head(noun, torch.float32, vocab, "float32", None)
-    logits = lambda: (noun.hidden @ noun.weight.T).float()  # noqa: E731
+    logits = lambda x=noun: (x.hidden @ x.weight.T).float()  # noqa: E731
+    verdicts = lambda **cut: accept_or_resample(drafts, noun, "speculative", student=student, seed=1, **cut)  # noqa: E731
     multinomial = lambda z: torch.multinomial(z.softmax(-1), 1)  # noqa: E731
     return {
         "product": lambda: head.logits(noun.hidden, out),
@@ -81,9 +98,12 @@ def contenders(rows: Rows) -> dict[str, Callable[[], object]]:
         "sampled_targets, 50 draws": lambda: sampled_targets(noun, 50, seed=1),
         "token_stats": lambda: token_stats(noun, ids),
         "accept_or_resample, k 25": lambda: accept_or_resample(ids, noun, k=25, seed=1),
+        "accept_or_resample, speculative" + OVER_TWO: verdicts,
+        "accept_or_resample, speculative, top_p 0.95" + OVER_TWO: lambda: verdicts(top_p=0.95, student_top_p=0.95),
         TORCH + "softmax, multinomial": lambda: multinomial(logits()),
         TORCH + "top_p 0.95 by a sort": lambda: multinomial(_nucleus(logits(), 0.95)),
         TORCH + "log_softmax of ids": lambda: logits().log_softmax(-1).gather(1, ids[:, None]),
+        TORCH + "softmax, p/q, p - q" + OVER_TWO: lambda: _speculative(logits(), logits(student), drafts),
     }
 
 
@@ -110,10 +130,9 @@ def measure(rows: Rows, device: devices.Device, seconds: float, rounds: int) -> 
     compared = peers | {"product": calls["product"]}
     for part, share, least in ((compared, 1 / 4, timing.MIN_ROUNDS), (calls, 3 / 4, rounds)):
         times = timing.interleaved(part, device, seconds=share * seconds, min_rounds=least)
-        found |= {
-            name: timing.summary(ms) | {"of_product": timing.ratio(ms, times["product"]), "rounds": len(ms)}
-            for name, ms in times.items()
-        }
+        for name, ms in times.items():
+            ratio = timing.ratio(ms, times["product"]) / (2 if name.endswith(OVER_TWO) else 1)
+            found[name] = timing.summary(ms) | {"of_product": ratio, "rounds": len(ms)}
     return {name: found[name] for name in (*calls, *peers)} | skipped
 
 

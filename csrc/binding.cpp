@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "codec/codec.h"
+#include "cpu/accept.h"
 #include "cpu/row_loss.h"
 #include "cpu/sampled_targets.h"
 #include "cpu/sampling.h"
@@ -141,44 +142,70 @@ template <class S> void define_token_stats(py::module_& m, const char* name) {
         py::arg("argmax"), py::arg("rank"), py::arg("threads"));
 }
 
+using PlacesTuple = std::tuple<Address, Address, Address>;         // seeds, keys, positions
+using WarpTuple = std::tuple<Address, Address, Address, Address>;  // inverse, top_k, top_p, min_p
+
+kd::Places places_of(const PlacesTuple& addresses) {
+  const auto& [seeds, keys, positions] = addresses;
+  return {pointer<const int64_t>(seeds), pointer<const int64_t>(keys), pointer<const int64_t>(positions)};
+}
+
+template <class S> kd::Warp<S> warp_of(const WarpTuple& addresses) {
+  const auto& [inverse, top_k, top_p, min_p] = addresses;
+  return {pointer<const S>(inverse), pointer<const int64_t>(top_k), pointer<const double>(top_p), pointer<const double>(min_p)};
+}
+
 template <class S>
 void sample(const RawTuple& logits, int64_t rows, int64_t vocab, int64_t first_column, int64_t columns, Address picked,
-            Address running, Address seeds, Address keys, Address positions, Address inverse, Address top_k, Address top_p,
-            Address min_p, Address given, uint32_t race, Address ids, Address logprobs, Address model_logprobs, Address entropy,
-            Address lse, int threads) {
+            Address running, const PlacesTuple& places, const WarpTuple& warp, Address given, uint32_t race, Address ids,
+            Address logprobs, Address model_logprobs, Address entropy, Address lse, int threads) {
   const kd::Sampling<S> job{rows, vocab, raw_logits<S>(logits), first_column, columns, pointer<const int64_t>(picked),
-                            pointer<kd::Running<S>>(running), pointer<const int64_t>(seeds), pointer<const int64_t>(keys),
-                            pointer<const int64_t>(positions), pointer<const S>(inverse), pointer<const int64_t>(top_k),
-                            pointer<const double>(top_p), pointer<const double>(min_p), pointer<const int64_t>(given), race,
-                            pointer<int64_t>(ids), pointer<S>(logprobs), pointer<S>(model_logprobs), pointer<S>(entropy),
-                            pointer<S>(lse), threads};
+                            pointer<kd::Running<S>>(running), places_of(places), warp_of<S>(warp),
+                            pointer<const int64_t>(given), race, pointer<int64_t>(ids), pointer<S>(logprobs),
+                            pointer<S>(model_logprobs), pointer<S>(entropy), pointer<S>(lse), threads};
   KD_DISPATCH(sample_rows(job))
 }
 
 template <class S> void define_sample(py::module_& m, const char* name) {
   m.def(name, &sample<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("logits"), py::arg("rows"),
         py::arg("vocab"), py::arg("first_column"), py::arg("columns"), py::arg("picked"), py::arg("running"),
-        py::arg("seeds"), py::arg("keys"), py::arg("positions"), py::arg("inverse"), py::arg("top_k"), py::arg("top_p"),
-        py::arg("min_p"), py::arg("given"), py::arg("race"), py::arg("ids"), py::arg("logprobs"), py::arg("model_logprobs"),
-        py::arg("entropy"), py::arg("lse"), py::arg("threads"));
+        py::arg("places"), py::arg("warp"), py::arg("given"), py::arg("race"), py::arg("ids"), py::arg("logprobs"),
+        py::arg("model_logprobs"), py::arg("entropy"), py::arg("lse"), py::arg("threads"));
 }
 
 template <class S>
-void sampled_targets(const RawTuple& logits, int64_t rows, int64_t vocab, Address seeds, Address keys, Address positions,
-                     double inverse, int64_t draws, int64_t certain, int64_t width, Address counts, Address ids,
-                     Address logprobs, Address importance, int threads) {
-  const kd::SampledTargets<S> job{rows, vocab, raw_logits<S>(logits), pointer<const int64_t>(seeds),
-                                  pointer<const int64_t>(keys), pointer<const int64_t>(positions), inverse, draws, certain,
-                                  width, pointer<int64_t>(counts), pointer<int64_t>(ids), pointer<S>(logprobs),
+void judge(const RawTuple& teacher, const RawTuple& student, int64_t rows, int64_t vocab, const WarpTuple& teacher_warp,
+           const WarpTuple& student_warp, const PlacesTuple& places, Address drafts, Address ids, Address accepted,
+           Address faults, Address logprobs, Address model_logprobs, int threads) {
+  const kd::Drafts<S> job{rows, vocab, raw_logits<S>(teacher), raw_logits<S>(student), warp_of<S>(teacher_warp),
+                          warp_of<S>(student_warp), places_of(places), pointer<const int64_t>(drafts), pointer<int64_t>(ids),
+                          pointer<bool>(accepted), pointer<uint8_t>(faults), pointer<S>(logprobs),
+                          pointer<S>(model_logprobs), threads};
+  KD_DISPATCH(judge_rows(job))
+}
+
+template <class S> void define_judge(py::module_& m, const char* name) {
+  m.def(name, &judge<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("teacher"), py::arg("student"),
+        py::arg("rows"), py::arg("vocab"), py::arg("teacher_warp"), py::arg("student_warp"), py::arg("places"),
+        py::arg("drafts"), py::arg("ids"), py::arg("accepted"), py::arg("faults"), py::arg("logprobs"),
+        py::arg("model_logprobs"), py::arg("threads"));
+}
+
+template <class S>
+void sampled_targets(const RawTuple& logits, int64_t rows, int64_t vocab, const PlacesTuple& places, double inverse,
+                     int64_t draws, int64_t certain, int64_t width, Address counts, Address ids, Address logprobs,
+                     Address importance, int threads) {
+  const kd::SampledTargets<S> job{rows, vocab, raw_logits<S>(logits), places_of(places), inverse, draws, certain, width,
+                                  pointer<int64_t>(counts), pointer<int64_t>(ids), pointer<S>(logprobs),
                                   pointer<S>(importance), threads};
   KD_DISPATCH(target_rows(job))
 }
 
 template <class S> void define_sampled_targets(py::module_& m, const char* name) {
   m.def(name, &sampled_targets<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("logits"),
-        py::arg("rows"), py::arg("vocab"), py::arg("seeds"), py::arg("keys"), py::arg("positions"), py::arg("inverse"),
-        py::arg("draws"), py::arg("certain"), py::arg("width"), py::arg("counts"), py::arg("ids"), py::arg("logprobs"),
-        py::arg("importance"), py::arg("threads"));
+        py::arg("rows"), py::arg("vocab"), py::arg("places"), py::arg("inverse"), py::arg("draws"), py::arg("certain"),
+        py::arg("width"), py::arg("counts"), py::arg("ids"), py::arg("logprobs"), py::arg("importance"),
+        py::arg("threads"));
 }
 
 std::vector<uint32_t> philox(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
@@ -293,6 +320,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("sample_bytes_fp64") = sizeof(kd::Running<double>);
   define_sample<float>(m, "sample_fp32");
   define_sample<double>(m, "sample_fp64");
+  define_judge<float>(m, "judge_fp32");
+  define_judge<double>(m, "judge_fp64");
   define_sampled_targets<float>(m, "sampled_targets_fp32");
   define_sampled_targets<double>(m, "sampled_targets_fp64");
   py::class_<kd::RowLayout>(m, "RowLayout")

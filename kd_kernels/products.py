@@ -12,6 +12,7 @@ import functools
 import math
 import mmap
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -406,3 +407,20 @@ def rows_per_chunk(
     tile = ROW_TILE if device.type != "cpu" and min(fitting, rows) >= ROW_TILE else 1
     chunks = math.ceil(rows / min(fitting // tile * tile, rows))
     return math.ceil(math.ceil(rows / chunks) / tile) * tile
+
+
+def chunks_of(
+    where: str, sources: Sequence[Source], rows: int, own_bytes_per_row: int, own_fixed_bytes: int,
+    max_scratch_bytes: int | None, device: torch.device,
+) -> Iterator[tuple[slice, list[RawRows]]]:
+    """The same rows of several sources, chunk by chunk: which, and each source's. The caller takes ``own`` scratch
+    beside theirs."""
+    step = rows_per_chunk(
+        where, rows, own_bytes_per_row + sum(x.bytes_per_row for x in sources),
+        own_fixed_bytes + sum(x.fixed_bytes for x in sources), max_scratch_bytes, device,
+    )
+    for x in sources:
+        x.open(min(step, max(rows, 1)))
+    for begin in range(0, rows, step):
+        here = slice(begin, min(begin + step, rows))
+        yield here, [x.chunk(here.start, here.stop) for x in sources]

@@ -50,8 +50,7 @@ template <class S> class TargetRow {
  private:
   // Appends what is drawn, each id with its importance.
   void count_draws(int64_t row, const S* z, const Groups<S>& groups, S peak) {
-    const Place place{static_cast<uint64_t>(job_.seeds[row]), static_cast<uint64_t>(job_.keys[row]),
-                      static_cast<uint32_t>(job_.positions[row])};
+    const Place place = job_.places.of(row);
     const double r = job_.inverse;
     before_[0] = 0;
     for (int64_t g = 0; g < groups.count(); ++g) {

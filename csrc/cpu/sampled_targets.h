@@ -1,6 +1,7 @@
 // Draws with replacement from rows of logits, counted: kd_kernels/sampling/DRAWS.md, section 6.
 #pragma once
 
+#include "kd/philox.h"
 #include "raw_logits.h"
 
 namespace kd {
@@ -8,8 +9,7 @@ namespace kd {
 template <class S> struct SampledTargets {
   int64_t rows, vocab;
   RawLogits<S> logits;
-  // [rows] each
-  const int64_t *seeds, *keys, *positions;
+  Places places;
   double inverse;           // 1 / proposal temperature
   int64_t draws, certain;
   int64_t width;            // entries that a row has room for: at least min(draws + certain, vocab)

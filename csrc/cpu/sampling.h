@@ -6,6 +6,14 @@
 
 namespace kd {
 
+// How rows are tempered and cut: [rows] each. A filter that is null is off for all.
+template <class S> struct Warp {
+  const S* inverse;  // 1 / temperature; inf: temperature 0; NaN: no distribution
+  const int64_t* top_k;
+  const double *top_p, *min_p;
+  bool cuts() const { return top_k || top_p || min_p; }
+};
+
 // The group that leads a race: its maximum, log(s / e) of DRAWS.md, and its number.
 template <class S> struct Leader {
   S top;
@@ -28,12 +36,9 @@ template <class S> struct Sampling {
   int64_t first_column, columns;
   const int64_t* picked;  // [rows]: which rows of the logits; null: the first
   Running<S>* running;    // [rows], for panels in rising order; null: the rows are whole, and there may be filters
+  Places places;
+  Warp<S> warp;
   // [rows] each
-  const int64_t *seeds, *keys, *positions;
-  const S* inverse;       // 1 / temperature; inf: temperature 0; NaN: no distribution
-  const int64_t* top_k;   // or null, as the next three
-  const double* top_p;
-  const double* min_p;
   const int64_t* given;   // score these ids, draw nothing
   uint32_t race;          // purpose of the words of the race; that of the pick is one more
   int64_t* ids;           // -1: the row is no distribution

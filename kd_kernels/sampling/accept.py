@@ -92,10 +92,10 @@ def accept_or_resample(
     Numerics: as :func:`sample` and :func:`token_stats`. p - q is taken in fp64. Where rounding leaves max(p - q, 0)
     without any id (p = q), the id is drawn from p.
 
-    Cost: "top_k", a product of the head and a reading of the logits for all N rows; for the refused ones another
-    reading ("cpp"), or both again. "speculative", both for all rows of both models, and again for the refused ones; a
-    refused row also takes about 230 V bytes of fp64 temporaries in torch operations, and two sorts where there are
-    filters. Waits for a GPU twice.
+    Cost: a product of the head and a reading of the logits for all N rows, under "speculative" of both models. For the
+    refused ones, "cpp" reads the logits again while they are there, and under "speculative" takes two exponentials and
+    a logarithm an id in fp64. Other backends multiply again for them, and under "speculative" take about 230 V bytes a
+    refused row of fp64 temporaries in torch operations, and two sorts where there are filters. Waits for a GPU twice.
 
     Source: Xu et al. 2024, "Speculative Knowledge Distillation", arXiv 2410.11325, algorithm 1; Leviathan et al. 2022,
     "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1.
@@ -137,7 +137,8 @@ def accept_or_resample(
         if rule == "top_k":
             found = _test_rank(drafts, teacher, k, place, warp, options)
         else:
-            found = _test_ratio(drafts, teacher, student, place, warp, student_warp, options)
+            test = _verdicts if chosen == "cpp" else _test_ratio
+            found = test(drafts, teacher, student, place, warp, student_warp, options)
     return Accepted(*(None if x is None else x.reshape(shape) for x in found))
 
 
@@ -254,3 +255,27 @@ def _test_ratio(
         torch.where(is_whole, drafts, -1).index_copy_(0, refused, drawn.ids), accepted,
         fill(of_teacher.logprobs, drawn.logprobs), fill(of_teacher.model_logprobs, drawn.model_logprobs), None,
     )
+
+
+def _verdicts(
+    drafts: Tensor, teacher: Logits, student: Logits, place: Place, warp: Warp, student_warp: Warp, options: _Options,
+) -> tuple:
+    """The fields of :class:`Accepted`, ``[N]``: tests and draws out of the same logits, by the kernels of a CPU."""
+    rows_of = driver.implementation(options.backend)
+    nouns = {"teacher": products.flattened(teacher), "student": products.flattened(student)}
+    dtype = products.work_dtype(*products.tensors_of(teacher), *products.tensors_of(student))
+    autocast = options.autocast_dtype
+    sources = [products.source(noun, None, dtype, autocast=autocast) for noun in nouns.values()]
+    requests = [driver.request_of(place, each, dtype, philox.RESAMPLE_RACE) for each in (warp, student_warp)]
+    drafts, out = drafts.contiguous(), rows_of.new_verdicts(len(drafts), dtype)
+    with torch.autocast("cpu", enabled=False):
+        for here, chunks in products.chunks_of(
+            WHERE, sources, len(drafts), *rows_of.judge_scratch(vocab(teacher), dtype), options.max_scratch_bytes,
+            drafts.device,
+        ):
+            rows_of.judge_rows(*chunks, drafts[here], *(request.of(here) for request in requests), out.of(here))
+    if options.check == "raise":
+        for fault, (argument, noun) in zip((rows_of.TEACHER_FAULT, rows_of.STUDENT_FAULT), nouns.items()):
+            ids = torch.where((out.faults & fault) > 0, -1, 0)
+            driver.check_rows(options.call(argument, noun)[1], ids, {}, noun, None, dtype, autocast)
+    return out.ids, out.accepted, out.logprobs, out.model_logprobs, None

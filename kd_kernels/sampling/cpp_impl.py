@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,9 @@ PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Of each thread: the logits where the head has a map, a masked copy and the ids near the cut where there are
-    filters."""
-    return 0, torch.get_num_threads() * columns * (2 * dtype.itemsize + 24)
+    """Of each thread: the logits where the head has a map; a masked copy, weights and the ids near the cut where there
+    are filters."""
+    return 0, torch.get_num_threads() * columns * (3 * dtype.itemsize + 24)
 
 
 def sample_rows(rows: RawRows, request: Request, out: RowSamples, picked: Tensor | None = None) -> None:
@@ -64,11 +66,52 @@ def _run(
     picked: Tensor | None = None,
 ) -> None:
     run = getattr(extension(), "sample_" + PRECISIONS[rows.raw.dtype])
-    tensors = request._asdict() | out._asdict() | {"running": running, "picked": picked}
-    race = tensors.pop("race")
+    tensors = out._asdict() | {"running": running, "picked": picked, "given": request.given}
     run(
         logits=rows.addresses(), rows=out.ids.shape[0], vocab=vocab, first_column=first_column,
-        columns=rows.raw.shape[1], race=race, threads=torch.get_num_threads(), **_addresses(tensors),
+        columns=rows.raw.shape[1], race=request.race, places=_places(request), warp=_warp(request),
+        threads=torch.get_num_threads(), **_addresses(tensors),
+    )
+
+
+class Verdicts(NamedTuple):
+    """Where the verdicts on C drafts go, ``[C]`` each, contiguous."""
+
+    ids: Tensor  # int64, -1: one of the rows is no distribution
+    accepted: Tensor  # bool
+    faults: Tensor  # uint8: TEACHER_FAULT, STUDENT_FAULT, their sum, or 0
+    logprobs: Tensor  # work dtype, as model_logprobs
+    model_logprobs: Tensor
+
+    def of(self, rows: slice) -> Verdicts:
+        """Of some rows."""
+        return Verdicts(*(x[rows] for x in self))
+
+
+def new_verdicts(count: int, dtype: torch.dtype) -> Verdicts:
+    dtypes = (torch.int64, torch.bool, torch.uint8, dtype, dtype)
+    return Verdicts(*(torch.empty(count, dtype=each) for each in dtypes))
+
+
+TEACHER_FAULT, STUDENT_FAULT = 1, 2
+
+
+def judge_scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """As :func:`scratch`: for both rows, and what is left of the teacher's."""
+    return 0, 2 * scratch(columns, dtype)[1] + torch.get_num_threads() * columns * dtype.itemsize
+
+
+def judge_rows(
+    teacher: RawRows, student: RawRows, drafts: Tensor, teacher_request: Request, student_request: Request,
+    out: Verdicts,
+) -> None:
+    """Speculative sampling of a chunk: tests drafts (int64 ``[C]``) and replaces those that are refused. Bytes: reads
+    C V elements of the work dtype of either, and those of refused rows twice more."""
+    run = getattr(extension(), "judge_" + PRECISIONS[teacher.raw.dtype])
+    run(
+        teacher=teacher.addresses(), student=student.addresses(), rows=len(drafts), vocab=teacher.raw.shape[1],
+        places=_places(teacher_request), teacher_warp=_warp(teacher_request), student_warp=_warp(student_request),
+        threads=torch.get_num_threads(), **_addresses(out._asdict() | {"drafts": drafts}),
     )
 
 
@@ -81,13 +124,24 @@ def target_scratch(columns: int, request: TargetRequest, dtype: torch.dtype) -> 
 def target_rows(rows: RawRows, request: TargetRequest, out: RowTargets) -> None:
     """Draws and counts for a chunk. Bytes: reads C V elements of the work dtype, twice unless rows are the proposal."""
     run = getattr(extension(), "sampled_targets_" + PRECISIONS[rows.raw.dtype])
-    numbers = {name: getattr(request, name) for name in ("inverse", "draws", "certain")}
-    places = {name: getattr(request, name) for name in ("seeds", "keys", "positions")}
     run(
         logits=rows.addresses(), rows=rows.raw.shape[0], vocab=rows.raw.shape[1], width=out.ids.shape[1],
-        threads=torch.get_num_threads(), **numbers, **_addresses(places | out._asdict()),
+        places=_places(request), inverse=request.inverse, draws=request.draws, certain=request.certain,
+        threads=torch.get_num_threads(), **_addresses(out._asdict()),
     )
 
 
+def _places(request: Request | TargetRequest) -> tuple[int, ...]:
+    return tuple(map(_address, (request.seeds, request.keys, request.positions)))
+
+
+def _warp(request: Request) -> tuple[int, ...]:
+    return tuple(map(_address, (request.inverse, request.top_k, request.top_p, request.min_p)))
+
+
 def _addresses(tensors: dict[str, Tensor | None]) -> dict[str, int]:
-    return {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
+    return {name: _address(x) for name, x in tensors.items()}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

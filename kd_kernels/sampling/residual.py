@@ -28,29 +28,22 @@ def draw(
     count, device, columns, rows_of = rows.shape[0], rows.device, vocab(teacher), driver.implementation(backend)
     sources = [products.source(noun, rows, dtype, autocast=autocast) for noun in (teacher, student)]
     own_bytes_per_row, own_fixed_bytes = rows_of.scratch(columns, dtype)
-    step = products.rows_per_chunk(
-        where, count, sum(x.bytes_per_row for x in sources) + own_bytes_per_row + 8 * COPIES * columns,
-        sum(x.fixed_bytes for x in sources) + own_fixed_bytes, max_scratch_bytes, device,
-    )
     new = lambda size, kind: torch.empty(size, dtype=kind, device=device)  # noqa: E731
     out = RowSamples(new(count, torch.int64), new(count, dtype), new(count, dtype), None, None)
     with torch.autocast(device.type, enabled=False):
-        for x in sources:
-            x.open(min(step, max(count, 1)))
-        for begin in range(0, count, step):
-            here = slice(begin, min(begin + step, count))
+        for here, chunks in products.chunks_of(
+            where, sources, count, own_bytes_per_row + 8 * COPIES * columns, own_fixed_bytes, max_scratch_bytes, device
+        ):
             cut = lambda fields: [None if x is None else x[here].contiguous() for x in fields]  # noqa: B023, E731
-            logits = sources[0].chunk(here.start, here.stop).logits()
+            logits = chunks[0].logits()
             p, q = (
                 reference.warped(z, driver.inverse_temperature(temperature, dtype), *filters)
-                for z, (temperature, *filters) in (
-                    (logits, cut(warp)), (sources[1].chunk(here.start, here.stop).logits(), cut(student_warp)),
-                )
+                for z, (temperature, *filters) in ((logits, cut(warp)), (chunks[1].logits(), cut(student_warp)))
             )
             left = (p.exp() - q.exp()).clamp_min_(0.0).log_().to(dtype)
             has_left = left.amax(1, keepdim=True) > -torch.inf
-            part = RowSamples(*(None if x is None else x[here] for x in out))
-            one = torch.ones(here.stop - begin, dtype=dtype, device=device)
+            part = out.of(here)
+            one = torch.ones(len(left), dtype=dtype, device=device)
             request = Request(*cut(place), one, None, None, None, None, philox.RESAMPLE_RACE)
             rows_of.sample_rows(RawRows(torch.where(has_left, left, p.to(dtype))), request, part)
             at = part.ids[:, None]

@@ -44,18 +44,13 @@ def walk(
         rows_of = implementation(backend)
         rows = products.source(noun, None, dtype, autocast=autocast, native=rows_of.NATIVE)
         own_bytes_per_row, own_fixed_bytes = rows_of.scratch(columns, dtype)
-        step = products.rows_per_chunk(
-            where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes + fixed_bytes,
-            max_scratch_bytes, ids.device,
-        )
         check_source(rows)
         out = empty(tensors, count)
-        rows.open(min(step, max(count, 1)))
-        for begin in range(0, count, step):
-            here = slice(begin, min(begin + step, count))
-            chunk = rows.chunk(here.start, here.stop)
+        for here, (chunk,) in products.chunks_of(
+            where, [rows], count, own_bytes_per_row, own_fixed_bytes + fixed_bytes, max_scratch_bytes, ids.device
+        ):
             part = RowStats(*(field[here] for field in out))
             rows_of.stat_rows(chunk, ids[here], part)
             if each_chunk is not None:
-                each_chunk(part, begin, chunk)
+                each_chunk(part, here.start, chunk)
     return out

@@ -41,6 +41,15 @@ struct Place {
   }
 };
 
+// The places of rows: [rows] each.
+struct Places {
+  const int64_t *seeds, *keys, *positions;
+
+  KD_HOST_DEVICE Place of(int64_t row) const {
+    return {static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(keys[row]), static_cast<uint32_t>(positions[row])};
+  }
+};
+
 // A word as a number of (0, 1): the middle of its 2^-32, exactly.
 KD_HOST_DEVICE inline double uniform(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 
