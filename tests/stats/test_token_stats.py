@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -181,32 +178,3 @@ def test_what_is_wrong_shows_where_nobody_checks(name: str) -> None:
         values = getattr(out, field)
         assert values[2:5].isnan().all()
         torch.testing.assert_close(values[[0, 1, 5]].double(), good[field].expand(3), rtol=1e-6, atol=1e-6)
-
-
-PRINT_STATS = """
-import torch
-from kd_kernels import _C, token_stats
-x = torch.randn(5, 9001, generator=torch.Generator().manual_seed(3)) * 3
-s = token_stats(x, torch.arange(5) * 2000)
-print(_C.isa, *s.argmax.tolist(), *s.rank.tolist())
-print(*s.logprob.tolist(), *s.lse.tolist(), *s.entropy.tolist(), *s.max.tolist())
-"""
-
-
-def test_stats_of_every_instruction_set() -> None:
-    """KD_ISA is read when the extension is loaded, hence other processes; they run side by side."""
-    from kd_kernels import _C
-
-    known = ("baseline", "avx2", "avx512")
-    lesser = known[: known.index(_C.isa)]
-    if not lesser:
-        pytest.skip("this processor has no instruction set but the baseline")
-    command, pipe = [sys.executable, "-c", PRINT_STATS], subprocess.PIPE
-    started = [subprocess.Popen(command, stdout=pipe, text=True, env=os.environ | {"KD_ISA": isa}) for isa in lesser]
-    logits = torch.randn(5, 9001, generator=torch.Generator().manual_seed(3)) * 3
-    stats = token_stats(logits, torch.arange(5) * 2000)
-    for isa, process in zip(lesser, started):
-        head, numbers = process.communicate(timeout=300)[0].strip().splitlines()
-        assert head.split() == [isa, *map(str, stats.argmax.tolist() + stats.rank.tolist())]
-        values = torch.tensor([float(x) for x in numbers.split()])
-        torch.testing.assert_close(values, torch.cat([getattr(stats, name) for name in NUMBERS]), rtol=1e-6, atol=1e-6)
