@@ -224,8 +224,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Origin(NamedTuple):
-    """Where the rows of a dense noun lie: scratch of a head's products ("padded" to 64 columns), copies and ensembles
-    ("packed"), or the caller's own tensor, whose rows may begin anywhere ("view")."""
+    """Where the rows of a dense noun lie: scratch of a head's products, or rows picked out ("padded" to 64 columns),
+    copies and ensembles ("packed"), or the caller's own tensor, whose rows may begin anywhere ("view")."""
 
     kind: str
     dtype: torch.dtype = torch.float32
@@ -240,6 +240,7 @@ class Origin(NamedTuple):
 
 HEAD, COPY = Origin("head", layout="padded"), Origin("copy")
 CALLERS = tuple(Origin("caller", dtype, layout) for dtype in FLOATS for layout in ("packed", "view"))
+PICKED = tuple(Origin("picked", dtype, "padded") for dtype in FLOATS)
 
 _ROWS: dict[str, tuple] = {
     "columns": (1, 1000, 1024, 10_001, 16_384, 50_257, 128_256),  # three launches; by 16 or not; 1, which is inlined
@@ -398,6 +399,15 @@ def _sample_head(choice: Choice) -> None:
     _triton("sampling").sample_head(source, 0, rows, *_sample_request(choice))
 
 
+def _residual(choice: Choice) -> None:
+    teacher, student = _raw_rows(choice, "teacher"), _raw_rows(choice, "student")
+    requests = (
+        _sample_request(choice | {"filters": choice[f"{whose}_filters"], "given": False, "stats": False})[0]
+        for whose in ("teacher", "student")
+    )
+    _triton("sampling").residual(teacher, student, *requests)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sampled_targets
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,6 +500,20 @@ VERBS: dict[str, Verb] = {
         main={
             **_ROWS_MAIN, "rows": (16, 64), "dtype": (torch.bfloat16,), "width": (4096,), "logits_bias": (False,),
             "filters": ((),), "stats": (False, True), "given": (False,),
+        },
+    ),
+    "accept_or_resample, what is left": Verb(
+        axes={
+            **_ROWS, "columns": (*_ROWS["columns"], 500_000, 1 << 24), "first_row": (0,),
+            "teacher": (HEAD, *PICKED), "student": (HEAD, *PICKED), "teacher_bias": (False, True),
+            "student_bias": (False, True), "teacher_filters": ((), ("top_k",), ("top_k", "top_p", "min_p")),
+            "student_filters": ((), ("top_p",), ("min_p",)),
+        },
+        is_possible=lambda choice: _has_rows(choice, "teacher") and _has_rows(choice, "student"),
+        launch=_residual,
+        main={
+            **_ROWS_MAIN, "teacher": (HEAD,), "student": (HEAD,), "teacher_bias": (False,), "student_bias": (False,),
+            "teacher_filters": ((), ("top_p",)), "student_filters": ((), ("top_p",)),
         },
     ),
     "sampled_targets": Verb(

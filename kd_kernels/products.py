@@ -8,6 +8,7 @@ still to be applied, because the row kernels apply it while they read. A sparse 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
 import mmap
@@ -76,6 +77,12 @@ class RawRows:
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def picked(self, rows: Tensor) -> RawRows:
+        """A copy of some of the rows (int64 ``[R]``)."""
+        columns, device = self.raw.shape[1], self.raw.device
+        raw = self.raw.new_empty(len(rows), row_pitch(columns, self.raw.dtype, device))[:, :columns]
+        return dataclasses.replace(self, raw=torch.index_select(self.raw, 0, rows, out=raw))
 
     def factor_and_height(self, temperature: float = 1.0) -> tuple[float, float]:
         """The map as Triton's kernels take it (``triton_rows.map_raw``), for logits over ``temperature``; height 0: no

@@ -32,7 +32,10 @@ from kd_kernels.stats import api as stats_api
 from kd_kernels.targets import api as targets_api
 
 
-READERS = ("dense_rows_kernel", "sparse_rows_kernel", "token_stats_kernel", "group_kernel", "group_sums_kernel")
+READERS = (
+    "dense_rows_kernel", "sparse_rows_kernel", "token_stats_kernel", "group_kernel", "group_sums_kernel",
+    "residual_kernel",
+)
 """Kernels that read whole rows of logits."""
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from kd_kernels import _backend, _check, products
 from kd_kernels.logits import Logits, check_dense, leading_shape, vocab
 from kd_kernels.products import RawRows
-from kd_kernels.sampling import driver, philox, residual
+from kd_kernels.sampling import driver, philox
 from kd_kernels.sampling.arguments import CHECKS, Place, Rows, Warp, autocast_name, check_budget, check_vocab
 from kd_kernels.sampling.driver import IMPLEMENTATIONS, Call
-from kd_kernels.sampling.reference import RowSamples
+from kd_kernels.sampling.reference import STUDENT_FAULT, TEACHER_FAULT, RowSamples, Verdicts
 from kd_kernels.stats import driver as stats
 from kd_kernels.stats.reference import RowStats
 
@@ -92,10 +92,10 @@ def accept_or_resample(
     Numerics: as :func:`sample` and :func:`token_stats`. p - q is taken in fp64. Where rounding leaves max(p - q, 0)
     without any id (p = q), the id is drawn from p.
 
-    Cost: a product of the head and a reading of the logits for all N rows, under "speculative" of both models. For the
-    refused ones, "cpp" reads the logits again while they are there, and under "speculative" takes two exponentials and
-    a logarithm an id in fp64. Other backends multiply again for them, and under "speculative" take about 230 V bytes a
-    refused row of fp64 temporaries in torch operations, and two sorts where there are filters. Waits for a GPU twice.
+    Cost: a product of the head and a reading of the logits for all N rows, under "speculative" of both models. For
+    refused rows the logits are read again, and under "speculative" take three exponentials and a logarithm an id in
+    fp64; under "top_k" they are multiplied again, but by "cpp". Waits for a GPU twice, under "speculative" once a chunk
+    of rows.
 
     Source: Xu et al. 2024, "Speculative Knowledge Distillation", arXiv 2410.11325, algorithm 1; Leviathan et al. 2022,
     "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1.
@@ -137,8 +137,7 @@ def accept_or_resample(
         if rule == "top_k":
             found = _test_rank(drafts, teacher, k, place, warp, options)
         else:
-            test = _verdicts if chosen == "cpp" else _test_ratio
-            found = test(drafts, teacher, student, place, warp, student_warp, options)
+            found = _test_ratio(drafts, teacher, student, place, warp, student_warp, options)
     return Accepted(*(None if x is None else x.reshape(shape) for x in found))
 
 
@@ -236,46 +235,25 @@ def _ranks_and_draws(
 def _test_ratio(
     drafts: Tensor, teacher: Logits, student: Logits, place: Place, warp: Warp, student_warp: Warp, options: _Options,
 ) -> tuple:
-    """The fields of :class:`Accepted`, ``[N]``."""
-    dtype = products.work_dtype(*products.tensors_of(teacher), *products.tensors_of(student))
-    of_teacher = driver.run(*options.call("teacher", teacher), place, warp, given=drafts)
-    of_student = driver.run(*options.call("student", student), place, student_warp, given=drafts)
-    p, q = of_teacher.logprobs.double(), of_student.logprobs.double()
-    u = philox.fine_uniform(philox.words(*place, philox.ACCEPT)[..., :2])
-    accepted = (p > -torch.inf) & (u.log() <= p - q)
-    is_whole = (of_teacher.ids >= 0) & (of_student.ids >= 0)
-    refused = (is_whole & ~accepted).nonzero()[:, 0]
-    warps = (each.of(refused).filled(len(refused), refused.device) for each in (warp, student_warp))
-    drawn = residual.draw(
-        WHERE, products.flattened(teacher), products.flattened(student), refused, _of(refused, place), *warps, dtype,
-        options.autocast_dtype, options.max_scratch_bytes, options.backend,
-    )
-    fill = lambda x, new: torch.where(is_whole, x, torch.nan).to(dtype).index_copy_(0, refused, new)  # noqa: E731
-    return (
-        torch.where(is_whole, drafts, -1).index_copy_(0, refused, drawn.ids), accepted,
-        fill(of_teacher.logprobs, drawn.logprobs), fill(of_teacher.model_logprobs, drawn.model_logprobs), None,
-    )
-
-
-def _verdicts(
-    drafts: Tensor, teacher: Logits, student: Logits, place: Place, warp: Warp, student_warp: Warp, options: _Options,
-) -> tuple:
-    """The fields of :class:`Accepted`, ``[N]``: tests and draws out of the same logits, by the kernels of a CPU."""
+    """The fields of :class:`Accepted`, ``[N]``: tests and draws out of the same logits."""
     rows_of = driver.implementation(options.backend)
     nouns = {"teacher": products.flattened(teacher), "student": products.flattened(student)}
     dtype = products.work_dtype(*products.tensors_of(teacher), *products.tensors_of(student))
-    autocast = options.autocast_dtype
-    sources = [products.source(noun, None, dtype, autocast=autocast) for noun in nouns.values()]
+    autocast, device = options.autocast_dtype, drafts.device
+    sources = [
+        products.source(noun, None, dtype, autocast=autocast, native=rows_of.NATIVE) for noun in nouns.values()
+    ]
     requests = [driver.request_of(place, each, dtype, philox.RESAMPLE_RACE) for each in (warp, student_warp)]
-    drafts, out = drafts.contiguous(), rows_of.new_verdicts(len(drafts), dtype)
-    with torch.autocast("cpu", enabled=False):
+    drafts, out = drafts.contiguous(), Verdicts.new(len(drafts), dtype, device)
+    with torch.autocast(device.type, enabled=False):
+        scratch = rows_of.judge_scratch(vocab(teacher), dtype)
         for here, chunks in products.chunks_of(
-            WHERE, sources, len(drafts), *rows_of.judge_scratch(vocab(teacher), dtype), options.max_scratch_bytes,
-            drafts.device,
+            WHERE, sources, len(drafts), *scratch, options.max_scratch_bytes, device
         ):
-            rows_of.judge_rows(*chunks, drafts[here], *(request.of(here) for request in requests), out.of(here))
+            both = (request.of(here) for request in requests)
+            rows_of.judge_rows(*chunks, drafts[here], *both, out.of(here))
     if options.check == "raise":
-        for fault, (argument, noun) in zip((rows_of.TEACHER_FAULT, rows_of.STUDENT_FAULT), nouns.items()):
+        for fault, (argument, noun) in zip((TEACHER_FAULT, STUDENT_FAULT), nouns.items()):
             ids = torch.where((out.faults & fault) > 0, -1, 0)
             driver.check_rows(options.call(argument, noun)[1], ids, {}, noun, None, dtype, autocast)
     return out.ids, out.accepted, out.logprobs, out.model_logprobs, None

@@ -43,6 +43,12 @@ def race_launch(n_groups: int, warp_size: int) -> Launch:
     return Launch(block, max(1, block // (2 * warp_size)))
 
 
+def residual_launch(warp_size: int) -> row_launch.Launch:
+    """For the kernel that walks two rows in fp64: four numbers of each a lane."""
+    lanes = 256
+    return row_launch.Launch(4 * lanes, lanes // warp_size, row_launch.max_registers(lanes, warp_size, programs=2))
+
+
 MAX_FUSED_ROWS = 64
 """Up to so many rows, the head's product and the summaries of the groups are one kernel, which reads the weights once.
 Beyond, the product is bound by arithmetic, and cuBLAS has the tuning for that."""

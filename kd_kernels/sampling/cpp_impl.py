@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from kd_kernels import products
 from kd_kernels._backend import extension
 from kd_kernels.logits import Logits, vocab
 from kd_kernels.products import RawRows
-from kd_kernels.sampling.reference import Request, RowSamples, RowTargets, TargetRequest
+from kd_kernels.sampling.reference import Request, RowSamples, RowTargets, TargetRequest, Verdicts
 
 NATIVE = False
 PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
@@ -72,28 +70,6 @@ def _run(
         columns=rows.raw.shape[1], race=request.race, places=_places(request), warp=_warp(request),
         threads=torch.get_num_threads(), **_addresses(tensors),
     )
-
-
-class Verdicts(NamedTuple):
-    """Where the verdicts on C drafts go, ``[C]`` each, contiguous."""
-
-    ids: Tensor  # int64, -1: one of the rows is no distribution
-    accepted: Tensor  # bool
-    faults: Tensor  # uint8: TEACHER_FAULT, STUDENT_FAULT, their sum, or 0
-    logprobs: Tensor  # work dtype, as model_logprobs
-    model_logprobs: Tensor
-
-    def of(self, rows: slice) -> Verdicts:
-        """Of some rows."""
-        return Verdicts(*(x[rows] for x in self))
-
-
-def new_verdicts(count: int, dtype: torch.dtype) -> Verdicts:
-    dtypes = (torch.int64, torch.bool, torch.uint8, dtype, dtype)
-    return Verdicts(*(torch.empty(count, dtype=each) for each in dtypes))
-
-
-TEACHER_FAULT, STUDENT_FAULT = 1, 2
 
 
 def judge_scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:

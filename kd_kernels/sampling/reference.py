@@ -7,6 +7,7 @@ temperature of NaN, which stands for an argument out of range) gets the id -1 an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,8 +35,8 @@ class Request(NamedTuple):
     given: Tensor | None  # int64: score these ids, draw nothing
     race: int  # the purpose of the words of the race between groups; that of the pick is one more
 
-    def of(self, rows: slice) -> Request:
-        """Of some rows."""
+    def of(self, rows: slice | Tensor) -> Request:
+        """Of some rows (a slice, or int64 ``[R]``)."""
         return Request(*(x[rows] if isinstance(x, Tensor) else x for x in self))
 
 
@@ -51,6 +52,29 @@ class RowSamples(NamedTuple):
     def of(self, rows: slice) -> RowSamples:
         """Of some rows."""
         return RowSamples(*(None if x is None else x[rows] for x in self))
+
+
+TEACHER_FAULT, STUDENT_FAULT = 1, 2
+
+
+class Verdicts(NamedTuple):
+    """Where the verdicts on C drafts go, ``[C]`` each, contiguous."""
+
+    ids: Tensor  # int64, -1: a row of either model is no distribution
+    accepted: Tensor  # bool
+    faults: Tensor  # uint8: whose is none, TEACHER_FAULT, STUDENT_FAULT or their sum; 0
+    logprobs: Tensor  # work dtype, as model_logprobs
+    model_logprobs: Tensor
+
+    @staticmethod
+    def new(count: int, dtype: torch.dtype, device: torch.device) -> Verdicts:
+        """Memory for those of so many drafts."""
+        dtypes = (torch.int64, torch.bool, torch.uint8, dtype, dtype)
+        return Verdicts(*(torch.empty(count, dtype=each, device=device) for each in dtypes))
+
+    def of(self, rows: slice) -> Verdicts:
+        """Of some rows."""
+        return Verdicts(*(x[rows] for x in self))
 
 
 class TargetRequest(NamedTuple):
@@ -198,6 +222,74 @@ def warped(z: Tensor, inverse: Tensor, top_k: Tensor | None, top_p: Tensor | Non
         logits = logits.masked_fill(~kept(z, inverse, top_k, top_p, min_p), -torch.inf)
     greedy = torch.full_like(logits, -torch.inf).scatter_(1, best[:, None], 0.0)
     return torch.where(is_greedy[:, None], greedy, logits.log_softmax(1))
+
+
+def judge_scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """As :func:`scratch`: both models' rows as :func:`warped` makes them, and the draw out of what is left."""
+    return 3 * 8 * COPIES * columns, 0
+
+
+def judge_rows(
+    teacher: RawRows, student: RawRows, drafts: Tensor, teacher_request: Request, student_request: Request,
+    out: Verdicts,
+) -> None:
+    """Speculative sampling of a chunk: tests drafts (int64 ``[C]``) and replaces those that are refused."""
+    judge_by(sample_rows, residual, teacher, student, drafts, teacher_request, student_request, out)
+
+
+def residual(teacher: RawRows, student: RawRows, teacher_request: Request, student_request: Request) -> Tensor:
+    """Logits ``[R, V]`` of what is left of the teacher, ``log(max(p - q, 0))`` formed in fp64; of p where nothing
+    is."""
+    p, q = (
+        warped(rows.logits(), each.inverse, each.top_k, each.top_p, each.min_p)
+        for rows, each in ((teacher, teacher_request), (student, student_request))
+    )
+    left = (p.exp() - q.exp()).clamp_min_(0.0).log_()
+    return torch.where(left.amax(1, keepdim=True) > -torch.inf, left, p).to(teacher.raw.dtype)
+
+
+def judge_by(
+    draw: Callable[[RawRows, Request, RowSamples], None],
+    residual: Callable[[RawRows, RawRows, Request, Request], Tensor],
+    teacher: RawRows, student: RawRows, drafts: Tensor, teacher_request: Request, student_request: Request,
+    out: Verdicts,
+) -> None:
+    """The same with a backend's ``sample_rows`` and its logits of what is left. Waits for a GPU once: how many rows are
+    refused."""
+    dtype, device = out.logprobs.dtype, drafts.device
+
+    def run(rows: RawRows, request: Request) -> RowSamples:
+        new = lambda kind: torch.empty(len(request.seeds), dtype=kind, device=device)  # noqa: E731
+        found = RowSamples(new(torch.int64), new(dtype), new(dtype), None, None)
+        draw(rows, request, found)
+        return found
+
+    p, q = (
+        run(rows, request._replace(given=drafts))
+        for rows, request in ((teacher, teacher_request), (student, student_request))
+    )
+    out.faults.copy_((p.ids < 0) * TEACHER_FAULT + (q.ids < 0) * STUDENT_FAULT)
+    is_whole, log_p = out.faults == 0, p.logprobs.double()
+    words = philox.words(teacher_request.seeds, teacher_request.keys, teacher_request.positions, philox.ACCEPT)
+    passes = philox.fine_uniform(words[..., :2]).log() <= log_p - q.logprobs.double()
+    out.accepted.copy_(is_whole & (log_p > -torch.inf) & passes)
+    out.ids.copy_(torch.where(is_whole, drafts, -1))
+    out.logprobs.copy_(torch.where(is_whole, p.logprobs, torch.nan))
+    out.model_logprobs.copy_(torch.where(is_whole, p.model_logprobs, torch.nan))
+
+    refused = (is_whole & ~out.accepted).nonzero()[:, 0]
+    if len(refused) == 0:
+        return
+    teacher, student = teacher.picked(refused), student.picked(refused)
+    teacher_request, student_request = teacher_request.of(refused), student_request.of(refused)
+    left = RawRows(residual(teacher, student, teacher_request, student_request))
+    plain = teacher_request._replace(
+        inverse=torch.ones_like(teacher_request.inverse), top_k=None, top_p=None, min_p=None
+    )
+    ids = run(left, plain).ids
+    found = run(teacher, teacher_request._replace(given=ids))
+    for field, values in (("ids", ids), ("logprobs", found.logprobs), ("model_logprobs", found.model_logprobs)):
+        getattr(out, field).index_copy_(0, refused, values)
 
 
 def _drawn_with_replacement(z: Tensor, request: TargetRequest, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:

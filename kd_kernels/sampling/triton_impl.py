@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from kd_kernels import row_launch
-from kd_kernels.products import LinearSource, RawRows, Source
+from kd_kernels.products import LinearSource, RawRows, Source, row_pitch
 from kd_kernels.sampling import config
 from kd_kernels.sampling.philox import GROUP
 from kd_kernels.sampling.reference import (
-    ENTRY_BYTES, Request, RowSamples, RowTargets, TargetRequest, write_entries,
+    ENTRY_BYTES, Request, RowSamples, RowTargets, TargetRequest, Verdicts, judge_by, write_entries,
 )
 from kd_kernels.sampling.triton_kernels import (
     N_BOUNDS, N_STATE, certain_kernel, draw_kernel, draw_targets_kernel, filter_kernel, group_sums_kernel,
-    head_groups_kernel,
+    head_groups_kernel, residual_kernel,
 )
 
 NATIVE = True
@@ -101,37 +101,84 @@ def sample_head(source: LinearSource, begin: int, end: int, request: Request, ou
     _draw(rows, groups, request, out)
 
 
-def _draw(rows: RawRows, groups: Summaries, request: Request, out: RowSamples) -> None:
-    raw, warp_size = rows.raw, row_launch.lanes_per_warp()
-    maxima, sums, race_sums, weighted = groups
-    (count, n_groups), columns = maxima.shape, raw.shape[1]
-    bias, has_bias, wants_stats = _or(rows.bias, maxima), int(rows.bias is not None), out.lse is not None
-    logits_map = rows.factor_and_height()
+class Cut(NamedTuple):
+    """What the filters leave of C rows."""
+
+    is_filtered: bool
+    maxima: Tensor  # fp32 [C, G], of what is left of each group
+    sums: Tensor  # likewise
+    bounds: Tensor  # int32 [C, N_BOUNDS], not to be read where nothing is filtered
+
+
+def _cut(rows: RawRows, groups: Summaries, request: Request) -> Cut:
+    raw, filters = rows.raw, (request.top_k, request.top_p, request.min_p)
+    if all(x is None for x in filters):
+        return Cut(False, groups.maxima, groups.race_sums, request.seeds.view(torch.int32))
+    (count, n_groups), warp_size = groups.maxima.shape, row_launch.lanes_per_warp()
     # What a kernel is told not to follow still has the type of what it might: branches are compiled either way.
     no_ids, no_numbers = request.seeds, request.seeds.view(torch.float64)
-    launch = config.race_launch(n_groups, warp_size)
-    filters = (request.top_k, request.top_p, request.min_p)
-    has_top_k, has_top_p, has_min_p = (int(x is not None) for x in filters)
-    is_filtered = any((has_top_k, has_top_p, has_min_p))
-    race_maxima, bounds = maxima, request.seeds.view(torch.int32)
-    if is_filtered:
-        race_maxima, listed = torch.empty_like(maxima), torch.empty_like(maxima, dtype=torch.int32)
-        bounds = torch.empty(count, N_BOUNDS.value, dtype=torch.int32, device=raw.device)
-        filter_kernel[(count,)](
-            raw, bias, request.inverse, _or(request.top_k, no_ids), _or(request.top_p, no_numbers),
-            _or(request.min_p, no_numbers), maxima, race_maxima, race_sums, listed, bounds, raw.stride(0), columns,
-            n_groups, has_bias, has_top_k, has_top_p, has_min_p, *logits_map,
-            BLOCK=launch.block, MEMBERS=config.MEMBERS, num_warps=config.MEMBERS // (8 * warp_size),
-            **UNFUSED,
-        )
-    draw_kernel[(count,)](
-        raw, bias, request.seeds, request.keys, request.positions, request.inverse, _or(request.given, no_ids),
-        _or(request.min_p, no_numbers), maxima, sums, weighted, race_maxima, race_sums, bounds,
-        out.ids, out.logprobs, out.model_logprobs, _or(out.entropy, maxima), _or(out.lse, maxima),
-        raw.stride(0), columns, n_groups, request.race, has_bias, int(request.given is not None), has_min_p,
-        *logits_map, FILTERED=is_filtered, STATS=wants_stats, BLOCK=launch.block, num_warps=launch.num_warps,
-        **UNFUSED,
+    left, listed = torch.empty_like(groups.maxima), torch.empty_like(groups.maxima, dtype=torch.int32)
+    bounds = torch.empty(count, N_BOUNDS.value, dtype=torch.int32, device=raw.device)
+    filter_kernel[(count,)](
+        raw, _or(rows.bias, groups.maxima), request.inverse, _or(request.top_k, no_ids),
+        _or(request.top_p, no_numbers), _or(request.min_p, no_numbers), groups.maxima, left, groups.race_sums, listed,
+        bounds, raw.stride(0), raw.shape[1], n_groups, int(rows.bias is not None),
+        *(int(x is not None) for x in filters), *rows.factor_and_height(),
+        BLOCK=config.race_launch(n_groups, warp_size).block, MEMBERS=config.MEMBERS,
+        num_warps=config.MEMBERS // (8 * warp_size), **UNFUSED,
     )
+    return Cut(True, left, groups.race_sums, bounds)
+
+
+def _draw(rows: RawRows, groups: Summaries, request: Request, out: RowSamples) -> None:
+    raw, (maxima, sums, _, weighted) = rows.raw, groups
+    count, n_groups = maxima.shape
+    cut, launch = _cut(rows, groups, request), config.race_launch(n_groups, row_launch.lanes_per_warp())
+    draw_kernel[(count,)](
+        raw, _or(rows.bias, maxima), request.seeds, request.keys, request.positions, request.inverse,
+        _or(request.given, request.seeds), _or(request.min_p, request.seeds.view(torch.float64)), maxima, sums,
+        weighted, cut.maxima, cut.sums, cut.bounds, out.ids, out.logprobs, out.model_logprobs,
+        _or(out.entropy, maxima), _or(out.lse, maxima), raw.stride(0), raw.shape[1], n_groups, request.race,
+        int(rows.bias is not None), int(request.given is not None), int(request.min_p is not None),
+        *rows.factor_and_height(), FILTERED=cut.is_filtered, STATS=out.lse is not None, BLOCK=launch.block,
+        num_warps=launch.num_warps, **UNFUSED,
+    )
+
+
+def judge_scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """As :func:`scratch`: copies of refused rows, what is left of the teacher's, and summaries of all three."""
+    return 3 * (4 * columns + scratch(columns, dtype)[0]), 0
+
+
+def judge_rows(
+    teacher: RawRows, student: RawRows, drafts: Tensor, teacher_request: Request, student_request: Request,
+    out: Verdicts,
+) -> None:
+    """Speculative sampling of a chunk. Bytes: see the kernels."""
+    judge_by(sample_rows, residual, teacher, student, drafts, teacher_request, student_request, out)
+
+
+def residual(teacher: RawRows, student: RawRows, teacher_request: Request, student_request: Request) -> Tensor:
+    """Logits fp32 ``[R, V]`` of what is left of the teacher."""
+    p_groups, q_groups = (
+        _summarised(rows, request.inverse, stats=False)
+        for rows, request in ((teacher, teacher_request), (student, student_request))
+    )
+    p_cut, q_cut = _cut(teacher, p_groups, teacher_request), _cut(student, q_groups, student_request)
+    (count, columns), n_groups = teacher.raw.shape, p_groups.maxima.shape[1]
+    pitch = row_pitch(columns, torch.float32, teacher.raw.device)
+    left = torch.empty(count, pitch, dtype=torch.float32, device=teacher.raw.device)[:, :columns]
+    no_numbers, launch = teacher_request.seeds.view(torch.float64), config.residual_launch(row_launch.lanes_per_warp())
+    residual_kernel[(count,)](
+        teacher.raw, student.raw, _or(teacher.bias, p_groups.maxima), _or(student.bias, q_groups.maxima),
+        teacher_request.inverse, student_request.inverse, p_groups.maxima, q_groups.maxima, p_cut.bounds, q_cut.bounds,
+        _or(teacher_request.min_p, no_numbers), _or(student_request.min_p, no_numbers), left, teacher.raw.stride(0),
+        student.raw.stride(0), left.stride(0), columns, row_launch.readable_columns(teacher.raw, student.raw), n_groups,
+        int(teacher.bias is not None), int(student.bias is not None), int(teacher_request.min_p is not None),
+        int(student_request.min_p is not None), *teacher.factor_and_height(), *student.factor_and_height(), TEACHER_FILTERED=p_cut.is_filtered,
+        STUDENT_FILTERED=q_cut.is_filtered, BLOCK=launch.block, **launch.options, **UNFUSED,
+    )
+    return left
 
 
 def target_scratch(columns: int, request: TargetRequest, dtype: torch.dtype) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import oracles
 from kd_kernels import Accepted, EnsembleLogits, LinearLogits, accept_or_resample, sample, testing, token_stats
-from kd_kernels.sampling import philox, residual
+from kd_kernels.sampling import philox, reference
 from kd_kernels.testing import assert_as_good
 from sampling_judge import far_apart
 from test_distribution import g_test
@@ -209,14 +209,12 @@ def test_mutations_have_another_law(monkeypatch: pytest.MonkeyPatch, mutation: s
     lenient."""
     generator = torch.Generator().manual_seed(0)
     teacher, student = (1.5 * torch.randn(50, generator=generator) for _ in range(2))
-    words, draw, uniform = philox.words, residual.draw, philox.fine_uniform
+    words, uniform = philox.words, philox.fine_uniform
     if mutation == "draws the teacher":
-        gone = lambda *a: draw(*a[:2], LinearLogits(torch.ones(COUNT, 1), torch.zeros(50, 1)), *a[3:])  # noqa: E731
-        monkeypatch.setattr(residual, "draw", gone)
+        monkeypatch.setattr(reference, "residual", lambda teacher, *rest: teacher.logits())
     elif mutation == "shares the draft's words":
-        race = lambda *a: uniform(words(*a[0], philox.PICK)[..., :2])  # noqa: E731
-        where = tuple(x.broadcast_to(COUNT) for x in (torch.tensor(8), torch.tensor(0), torch.arange(COUNT)))
-        monkeypatch.setattr(philox, "fine_uniform", lambda pair: race(where))
+        shared = lambda purpose: philox.PICK if purpose == philox.ACCEPT else purpose  # noqa: E731
+        monkeypatch.setattr(philox, "words", lambda *a: words(*a[:3], shared(a[3]), *a[4:]))
     else:
         monkeypatch.setattr(philox, "fine_uniform", lambda pair: uniform(pair) / 1.25)
     p = teacher.double().softmax(0)
@@ -338,9 +336,9 @@ def test_a_residual_without_ids_falls_back_to_the_teacher(backend: str) -> None:
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=2e-6, atol=2e-6)
 
 
-def test_what_is_left_of_a_student_that_is_very_near() -> None:
+def test_what_is_left_of_a_student_that_is_very_near(backend: str) -> None:
     """p - q of some 1e-6 p: fp32 sums would be off by as much. The draft is refused in every row."""
-    rows = 2000
+    rows = 100 if backend == "triton" else 2000
     student = eighths(4)[:1, :300].expand(rows, -1).clone()
     noise = torch.randn(rows, 300, generator=torch.Generator().manual_seed(0))
     teacher = student * (1 + 3e-7 * noise)
@@ -348,10 +346,10 @@ def test_what_is_left_of_a_student_that_is_very_near() -> None:
     given = {"student": student, "seed": 5, "keys": torch.arange(rows)}
     ours, theirs = (
         accept_or_resample(torch.full((rows,), 7), teacher, "speculative", **given, backend=name)
-        for name in ("cpp", "reference")
+        for name in (backend, "reference")
     )
     assert not ours.accepted.any() and not theirs.accepted.any()
-    assert int((ours.ids != theirs.ids).sum()) < 20
+    assert int((ours.ids != theirs.ids).sum()) <= rows // 100
 
 
 @pytest.mark.parametrize(("temperature", "student_temperature"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
