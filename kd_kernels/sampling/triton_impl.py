@@ -175,8 +175,9 @@ def residual(teacher: RawRows, student: RawRows, teacher_request: Request, stude
         _or(teacher_request.min_p, no_numbers), _or(student_request.min_p, no_numbers), left, teacher.raw.stride(0),
         student.raw.stride(0), left.stride(0), columns, row_launch.readable_columns(teacher.raw, student.raw), n_groups,
         int(teacher.bias is not None), int(student.bias is not None), int(teacher_request.min_p is not None),
-        int(student_request.min_p is not None), *teacher.factor_and_height(), *student.factor_and_height(), TEACHER_FILTERED=p_cut.is_filtered,
-        STUDENT_FILTERED=q_cut.is_filtered, BLOCK=launch.block, **launch.options, **UNFUSED,
+        int(student_request.min_p is not None), *teacher.factor_and_height(), *student.factor_and_height(),
+        TEACHER_FILTERED=p_cut.is_filtered, STUDENT_FILTERED=q_cut.is_filtered, BLOCK=launch.block, **launch.options,
+        **UNFUSED,
     )
     return left
 
