@@ -94,14 +94,33 @@ def test_rows_that_are_no_distribution_on_a_gpu() -> None:
     assert sample(logits[:1], seed=0, check="flag", temperature=torch.tensor([-1.0], device="cuda")).ids.item() == -1
 
 
-def test_speculative_sampling_on_a_gpu() -> None:
-    teacher, student = eighths(16, 5003).cuda(), eighths(16, 5003, seed=1).cuda()
-    drafts = sample(student, **place(16)).ids
-    ours = accept_or_resample(drafts, teacher, "speculative", student=student, **place(16))
-    theirs = accept_or_resample(
-        drafts.cpu(), teacher.cpu(), "speculative", student=student.cpu(), **place(16, "cpu")
+@pytest.mark.parametrize("vocab", [777, 50_257])
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_speculative_sampling_on_a_gpu(arguments: dict, vocab: int) -> None:
+    teacher = eighths(48, vocab)
+    student = teacher + eighths(48, vocab, seed=1) / 8
+    law = arguments | {f"student_{name}": value for name, value in arguments.items()}
+    drafts = sample(student, **place(48, "cpu"), **arguments).ids
+    ours, theirs = (
+        accept_or_resample(
+            drafts.to(device), teacher.to(device), "speculative", student=student.to(device), **place(48, device), **law
+        )
+        for device in ("cuda", "cpu")
     )
     assert torch.equal(ours.ids.cpu(), theirs.ids) and torch.equal(ours.accepted.cpu(), theirs.accepted)
+    for field in ("logprobs", "model_logprobs"):
+        torch.testing.assert_close(getattr(ours, field).cpu(), getattr(theirs, field), rtol=3e-6, atol=3e-6)
+
+
+def test_speculation_from_heads_in_chunks_on_a_gpu() -> None:
+    teacher, at = heads(300, 50_257, torch.bfloat16), place(300)
+    student = dataclasses.replace(teacher, weight=teacher.weight.roll(1, 0))
+    drafts = sample(student, **at).ids
+    run = lambda budget: accept_or_resample(  # noqa: E731
+        drafts, teacher, "speculative", student=student, **at, max_scratch_bytes=budget
+    )
+    whole, pieces = run(None), run(64 << 20)
+    assert torch.equal(whole.ids, pieces.ids) and torch.equal(whole.accepted, pieces.accepted)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"certain": 40}, {"certain": 200, "proposal_temperature": 1.6}], ids=str)
