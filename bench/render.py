@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU, GPU, DEMO, DROP_IN = "cpu_side_by_side.json", "gpu_side_by_side.json", "demo.json", "cpu_integrations.json"
 SAMPLING, GPU_SAMPLING, ROLLOUTS = "cpu_sampling.json", "gpu_sampling.json", "cpu_rollouts.json"
+AVX2 = "cpu_side_by_side_avx2.json"
 CACHE, STUDY, METHODS = "cache_page.json", "cpu_study_text2sql.json", "methods_page.json"
 CONVERGENCE = "cpu_convergence.json"
 README = ROOT / "README.md"
@@ -75,6 +76,7 @@ BLOCKS = {
     "memory": Block(CPU, tables.memory, ("memory_fp32",)),
     "topk": Block(CPU, tables.topk, ("topk_fp32", "topk_bf16")),
     "stats": Block(CPU, tables.stats, ("stats_fp32", "stats_bf16")),
+    "avx2": Block(AVX2, tables.fp32_ratios, tuple(tables.FP32_OPS)),
     "plots": Block(CPU, _pictures, ("rows", "vocab", "budget")),
     "gpu": Block(GPU, tables.gpu, missing="Not yet measured on a GPU."),
     "gpu-plots": Block(GPU, _pictures, missing="Not yet drawn: nothing was measured on a GPU."),

@@ -104,7 +104,8 @@ def _provenance(results: dict) -> str:
 def _machine(results: dict) -> str:
     """On what, with what, when."""
     on = results["machine"]
-    emulated = "" if any("bf16" in name for name in on["instruction_sets"]) else (
+    is_in_fp32 = all(record["dtype"] == "float32" for record in results["comparisons"].values())
+    emulated = "" if is_in_fp32 or any("bf16" in name for name in on["instruction_sets"]) else (
         ". It has no bf16 instructions: torch emulates bf16 products, which takes longer than fp32, so a ratio to them "
         "flatters whoever multiplies in fp32, as kd-kernels does; the last column is the honest one"
     )
@@ -179,6 +180,33 @@ def _time_and_memory(budgets: dict) -> str:
     rows += [[label(name, budgets), *cells(first["contenders"][name])] for name in others]
     about = f"Time against memory in {budgets['dtype']}, {shape_of(budgets)}; scratch is all but the gradients"
     return f"{about}.\n\n{table(['', 'ms', '/ products', 'scratch, MiB'], rows)}"
+
+
+FP32_OPS = {
+    "dense_fp32": "dense teacher", "sparse_fp32": "sparse teacher", "ce_fp32": "cross-entropy",
+    "topk_fp32": "`topk_targets`", "stats_fp32": "`token_stats`",
+}
+"""By comparison, the head of its column."""
+
+
+def fp32_ratios(results: dict) -> str:
+    """Every op in fp32, a column each: times over the bare products, and cross-entropy's memory."""
+    records = {op: results["comparisons"][op] for op in FP32_OPS}
+    cell = lambda result: [f"{result['ratio']:.2f}"]  # noqa: E731
+    rows = []
+    for name in took_part(*records.values()):
+        first = next(record for record in records.values() if name in record["contenders"])
+        cells = [_cells(record, name, cell, 1)[0] for record in records.values()]
+        rows.append([label(name, first), *cells])
+    products = ", ".join(
+        f"{FP32_OPS[op]} {record['contenders']['products']['p50_ms']:,.0f} ms" for op, record in records.items()
+    )
+    text = (
+        f"The same ops in fp32 on {_machine(results)} Times over the bare products ({products}).\n\n"
+        f"{table(['of the products', *FP32_OPS.values()], rows)}"
+    )
+    budgets = results["comparisons"].get("ce_budget")
+    return text if budgets is None else f"{text}\n\nCross-entropy there. {_time_and_memory(budgets)}"
 
 
 def topk(results: dict) -> str:

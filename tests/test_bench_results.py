@@ -182,6 +182,12 @@ def _file_of(results: dict) -> dict[str, dict]:
     return {render.GPU: results | {"machine": GPU}}
 
 
+def _files(results: dict) -> dict[str, dict]:
+    """The same, with all others."""
+    found = _file_of(results) | OTHER_FILES
+    return found | ({render.AVX2: results} if render.CPU in found else {})
+
+
 def _reader(files: dict[str, dict]):
     def read(file: str) -> dict:
         if file not in files:
@@ -196,7 +202,7 @@ MARKERS += "<!-- divergences -->\n<!-- /divergences -->\n<!-- methods -->\n<!-- 
 
 
 def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
-    files = _file_of(results) | OTHER_FILES
+    files = _files(results)
     new = render.rendered(MARKERS, _reader(files))
     assert new.startswith("before\n") and new.endswith("after\n") and "old\n" not in new
     assert new.count("between\n") == len(render.BLOCKS)
@@ -207,6 +213,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
     assert "| a model, trl | 1.501 to 1.501 | 0.2% |" in new
     on_cpu = render.CPU in files
     assert ("Not yet measured on a GPU." in new) == on_cpu and ("3 MiB" in new) == on_cpu
+    assert ("The same ops in fp32" in new) == on_cpu
     assert ("cpu_rows.png" if on_cpu else "gpu_rows.png") in new
 
     slower = copy.deepcopy(files)
@@ -216,7 +223,7 @@ def test_rendering_fills_the_markers_and_is_stable(results: dict) -> None:
 
 
 def test_every_row_of_a_table_has_all_columns(results: dict) -> None:
-    files = _file_of(results) | OTHER_FILES
+    files = _files(results)
     for file, content in files.items():
         for block in (block for block in render.BLOCKS.values() if block.file == file):
             text = block.text(_reader({file: content}))
