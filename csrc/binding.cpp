@@ -157,19 +157,19 @@ template <class S> kd::Warp<S> warp_of(const WarpTuple& addresses) {
 
 template <class S>
 void sample(const RawTuple& logits, int64_t rows, int64_t vocab, int64_t first_column, int64_t columns, Address picked,
-            Address running, const PlacesTuple& places, const WarpTuple& warp, Address given, uint32_t race, Address ids,
-            Address logprobs, Address model_logprobs, Address entropy, Address lse, int threads) {
+            Address running, const PlacesTuple& places, const WarpTuple& warp, uint32_t race, Address ids, Address logprobs,
+            Address model_logprobs, Address entropy, Address lse, int threads) {
   const kd::Sampling<S> job{rows, vocab, raw_logits<S>(logits), first_column, columns, pointer<const int64_t>(picked),
                             pointer<kd::Running<S>>(running), places_of(places), warp_of<S>(warp),
-                            pointer<const int64_t>(given), race, pointer<int64_t>(ids), pointer<S>(logprobs),
-                            pointer<S>(model_logprobs), pointer<S>(entropy), pointer<S>(lse), threads};
+                            race, pointer<int64_t>(ids), pointer<S>(logprobs), pointer<S>(model_logprobs),
+                            pointer<S>(entropy), pointer<S>(lse), threads};
   KD_DISPATCH(sample_rows(job))
 }
 
 template <class S> void define_sample(py::module_& m, const char* name) {
   m.def(name, &sample<S>, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("logits"), py::arg("rows"),
         py::arg("vocab"), py::arg("first_column"), py::arg("columns"), py::arg("picked"), py::arg("running"),
-        py::arg("places"), py::arg("warp"), py::arg("given"), py::arg("race"), py::arg("ids"), py::arg("logprobs"),
+        py::arg("places"), py::arg("warp"), py::arg("race"), py::arg("ids"), py::arg("logprobs"),
         py::arg("model_logprobs"), py::arg("entropy"), py::arg("lse"), py::arg("threads"));
 }
 

@@ -493,7 +493,7 @@ VERBS: dict[str, Verb] = {
         axes={
             **_ROWS, "columns": (*_ROWS["columns"], 500_000, 1 << 24), "rows": (1, 16, 17, 33, 64),
             "dtype": (torch.bfloat16, torch.float16), "width": (1, 100, 4096), "logits_bias": (False, True),
-            "stats": (False, True), "given": (False, True), "filters": ((), ("top_k",), ("top_k", "top_p", "min_p")),
+            "stats": (False, True), "given": (False,), "filters": ((), ("top_k",), ("top_k", "top_p", "min_p")),
         },
         is_possible=lambda choice: True,
         launch=_sample_head,

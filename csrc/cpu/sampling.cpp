@@ -27,11 +27,7 @@ template <class S> class Stream {
 
   // The columns of the job. Each group is added by itself, so that no result depends on how a row is cut into panels.
   void add(const S* z) {
-    if (job_.first_column == 0) at_ = {-kInf<S>, -kInf<S>, 0, 0, 0, 0, {S{}, 0, -1}, {}};
-    if (job_.given) {
-      const int64_t column = job_.given[row_] - job_.first_column;
-      if (column >= 0 && column < job_.columns) at_.given = z[column];
-    }
+    if (job_.first_column == 0) at_ = {-kInf<S>, 0, 0, 0, 0, {S{}, 0, -1}, {}};
     const Place place = job_.places.of(row_);
     Words words{};
     S last[kGroupIds];
@@ -49,7 +45,7 @@ template <class S> class Stream {
         at_.weighted += share * (weighted + fall * own);
         if (is_tempered_) at_.tempered += std::exp(fall * r_) * tempered;
       }
-      if (!is_drawn_ || job_.given) continue;
+      if (!is_drawn_) continue;
       if (begin == 0 || group % 4 == 0) words = place.words(job_.race, static_cast<uint32_t>(group / 4));
       if (join_race(at_.leader, top, tempered, uniform(words.w[group % 4]), group, r_))
         std::copy(ids, ids + kGroupIds, at_.winner);
@@ -61,10 +57,7 @@ template <class S> class Stream {
     const double log_sum = std::log(at_.own);
     int64_t id = at_.best;
     S logit = at_.max;
-    if (job_.given) {
-      id = job_.given[row_];
-      logit = at_.given;
-    } else if (is_drawn_) {
+    if (is_drawn_) {
       const Leader<S>& leader = at_.leader;
       id = pick(at_.winner, kGroupIds, leader.top, r_, leader.group, job_.race + 1, job_.places.of(row_));
       logit = at_.winner[id % kGroupIds];
@@ -101,7 +94,7 @@ template <class S> class Stream {
 
 template <class S> void draw_whole(const Sampling<S>& job, int64_t row, const S* z, Law<S>& law) {
   if (!law.read(row, z)) return write_nothing(job, row);
-  const int64_t id = job.ids[row] = job.given ? job.given[row] : law.draw(job.race, job.places.of(row));
+  const int64_t id = job.ids[row] = law.draw(job.race, job.places.of(row));
   job.logprobs[row] = static_cast<S>(law.logprob(id));
   job.model_logprobs[row] = static_cast<S>(law.model_logprob(id));
   if (!job.entropy) return;

@@ -23,7 +23,7 @@ template <class S> struct Leader {
 
 // What is known of a row without filters between two panels. Sums are relative to the maximum.
 template <class S> struct Running {
-  S max, given;                    // `given`: the logit of the id that is scored
+  S max;
   int64_t best;                    // the first id with that maximum
   double own, weighted, tempered;  // of e^(z - max); of that times z - max; of e^((z - max) / T)
   Leader<S> leader;
@@ -38,9 +38,8 @@ template <class S> struct Sampling {
   Running<S>* running;    // [rows], for panels in rising order; null: the rows are whole, and there may be filters
   Places places;
   Warp<S> warp;
-  // [rows] each
-  const int64_t* given;   // score these ids, draw nothing
   uint32_t race;          // purpose of the words of the race; that of the pick is one more
+  // [rows] each
   int64_t* ids;           // -1: the row is no distribution
   S *logprobs, *model_logprobs;
   S *entropy, *lse;       // or null, both

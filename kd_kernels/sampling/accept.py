@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,8 +93,7 @@ def accept_or_resample(
 
     Cost: a product of the head and a reading of the logits for all N rows, under "speculative" of both models. For
     refused rows the logits are read again, and under "speculative" take three exponentials and a logarithm an id in
-    fp64; under "top_k" they are multiplied again, but by "cpp". Waits for a GPU twice, under "speculative" once a chunk
-    of rows.
+    fp64. Waits for a GPU twice, and once a chunk of rows.
 
     Source: Xu et al. 2024, "Speculative Knowledge Distillation", arXiv 2410.11325, algorithm 1; Leviathan et al. 2022,
     "Fast Inference from Transformers via Speculative Decoding", arXiv 2211.17192, algorithm 1.
@@ -171,46 +169,19 @@ class _Options(NamedTuple):
     max_scratch_bytes: int | None
     backend: str
 
-    def call(self, argument: str, noun: Logits) -> tuple[Logits, Call]:
-        return noun, Call(WHERE, argument, vocab(noun), philox.RESAMPLE_RACE, False, *self)
+    def call(self, argument: str, noun: Logits) -> Call:
+        return Call(WHERE, argument, vocab(noun), philox.RESAMPLE_RACE, False, *self)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         return getattr(torch, self.autocast) if self.autocast else None
 
 
-def _of(rows: Tensor, place: Place) -> Place:
-    return Place(*(x[rows] for x in place))
-
-
 def _test_rank(drafts: Tensor, teacher: Logits, k: int, place: Place, warp: Warp, options: _Options) -> tuple:
-    """The fields of :class:`Accepted`, ``[N]``."""
+    """The fields of :class:`Accepted`, ``[N]``: ranks of all rows, and draws of those that are refused, out of the same
+    logits."""
     is_accepted = lambda rank: (rank >= 0) & (rank < k)  # noqa: E731
-    if options.backend == "cpp":
-        found, drawn = _ranks_and_draws(drafts, teacher, is_accepted, place, warp, options)
-    else:
-        found = stats.walk(
-            WHERE, products.flattened(teacher), drafts, autocast=options.autocast_dtype,
-            max_scratch_bytes=options.max_scratch_bytes, backend=options.backend,
-        )
-        refused = (~is_accepted(found.rank)).nonzero()[:, 0]
-        drawn = driver.run(*options.call("teacher", teacher), _of(refused, place), warp.of(refused), rows=refused)
-    accepted = is_accepted(found.rank)
-    refused = (~accepted).nonzero()[:, 0]
-    logprobs = torch.full_like(found.logprob, torch.nan).index_copy_(0, refused, drawn.logprobs)
-    return (
-        drafts.index_copy(0, refused, drawn.ids), accepted, logprobs,
-        found.logprob.index_copy(0, refused, drawn.model_logprobs), found.rank,
-    )
-
-
-def _ranks_and_draws(
-    drafts: Tensor, teacher: Logits, is_accepted: Callable[[Tensor], Tensor], place: Place, warp: Warp,
-    options: _Options,
-) -> tuple[RowStats, RowSamples]:
-    """Statistics of all rows, and draws of those that are refused, out of the same logits: the kernels of a CPU can
-    pick rows of a chunk where they are."""
-    noun, call = options.call("teacher", products.flattened(teacher))
+    call, noun = options.call("teacher", teacher), products.flattened(teacher)
     tensors, rows_of = products.tensors_of(noun), driver.implementation(call.backend)
     dtype = products.work_dtype(*tensors)
     parts = [driver.new_samples(tensors, 0)]
@@ -219,17 +190,24 @@ def _ranks_and_draws(
         picked = (~is_accepted(found.rank)).nonzero()[:, 0]
         rows = begin + picked
         part = driver.new_samples(tensors, len(rows))
-        request = driver.request_of(_of(rows, place), warp.of(rows), dtype, call.race)
-        rows_of.sample_rows(chunk, request, part, picked)
+        request = driver.request_of(Place(*(x[rows] for x in place)), warp.of(rows), dtype, call.race)
+        rows_of.sample_picked(chunk, picked, request, part)
         if call.check == "raise":
             driver.check_rows(call, part.ids, {}, noun, rows, dtype, options.autocast_dtype)
         parts.append(part)
 
     found = stats.walk(
         WHERE, noun, drafts, autocast=options.autocast_dtype, max_scratch_bytes=call.max_scratch_bytes,
-        backend=call.backend, each_chunk=draw, fixed_bytes=rows_of.scratch(call.columns, dtype)[1],
+        backend=call.backend, each_chunk=draw, each_scratch=rows_of.picked_scratch(call.columns, dtype),
     )
-    return found, RowSamples(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts)))
+    drawn = RowSamples(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts)))
+    accepted = is_accepted(found.rank)
+    refused = (~accepted).nonzero()[:, 0]
+    logprobs = torch.full_like(found.logprob, torch.nan).index_copy_(0, refused, drawn.logprobs)
+    return (
+        drafts.index_copy(0, refused, drawn.ids), accepted, logprobs,
+        found.logprob.index_copy(0, refused, drawn.model_logprobs), found.rank,
+    )
 
 
 def _test_ratio(
@@ -255,5 +233,5 @@ def _test_ratio(
     if options.check == "raise":
         for fault, (argument, noun) in zip((TEACHER_FAULT, STUDENT_FAULT), nouns.items()):
             ids = torch.where((out.faults & fault) > 0, -1, 0)
-            driver.check_rows(options.call(argument, noun)[1], ids, {}, noun, None, dtype, autocast)
+            driver.check_rows(options.call(argument, noun), ids, {}, noun, None, dtype, autocast)
     return out.ids, out.accepted, out.logprobs, out.model_logprobs, None

@@ -21,24 +21,33 @@ def scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     return 0, torch.get_num_threads() * columns * (3 * dtype.itemsize + 24)
 
 
-def sample_rows(rows: RawRows, request: Request, out: RowSamples, picked: Tensor | None = None) -> None:
-    """Draws and scores a chunk of whole rows, or those ``picked`` (int64 ``[R]``) of it alone. Bytes: reads R V
-    elements of the work dtype; with top_p once more for every time that a bracket of its cut is halved."""
+def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
+    """Draws and scores a chunk of whole rows. Bytes: reads C V elements of the work dtype; with top_p once more for
+    every time that a bracket of its cut is halved."""
+    _run(rows, request, out, rows.raw.shape[1])
+
+
+picked_scratch = scratch
+"""Of :func:`sample_picked`."""
+
+
+def sample_picked(rows: RawRows, picked: Tensor, request: Request, out: RowSamples) -> None:
+    """The same for those ``picked`` (int64 ``[R]``) of the chunk alone, where they are."""
     _run(rows, request, out, rows.raw.shape[1], picked=picked)
 
 
 def sample_panels(
-    where: str, noun: Logits, picked: Tensor | None, dtype: torch.dtype, autocast: torch.dtype | None,
-    max_scratch_bytes: int | None, request: Request, out: RowSamples,
+    where: str, noun: Logits, dtype: torch.dtype, autocast: torch.dtype | None, max_scratch_bytes: int | None,
+    request: Request, out: RowSamples,
 ) -> None:
-    """Draws and scores the rows of a noun (``picked``: of those rows alone), without filters, panel by panel: a product
-    is still in cache when it is read, and memory for whole rows of logits need not be got from the system."""
+    """Draws and scores the rows of a noun, without filters, panel by panel: a product is still in cache when it is
+    read, and memory for whole rows of logits need not be got from the system."""
     columns, count = vocab(noun), out.ids.shape[0]
     is_whole = isinstance(noun, Tensor) or products.needs_whole_rows(noun)
     width = columns if is_whole else products.panel_columns(count, columns)
     row_bytes = getattr(extension(), "sample_bytes_" + PRECISIONS[dtype])
     panel = lambda first, last: products.source(  # noqa: E731
-        products.columns_of(noun, first, last), picked, dtype, autocast=autocast
+        products.columns_of(noun, first, last), None, dtype, autocast=autocast
     )
     widest = panel(0, width)
     fitting = products.rows_per_chunk(
@@ -64,7 +73,7 @@ def _run(
     picked: Tensor | None = None,
 ) -> None:
     run = getattr(extension(), "sample_" + PRECISIONS[rows.raw.dtype])
-    tensors = out._asdict() | {"running": running, "picked": picked, "given": request.given}
+    tensors = out._asdict() | {"running": running, "picked": picked}
     run(
         logits=rows.addresses(), rows=out.ids.shape[0], vocab=vocab, first_column=first_column,
         columns=rows.raw.shape[1], race=request.race, places=_places(request), warp=_warp(request),

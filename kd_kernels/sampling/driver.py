@@ -67,32 +67,28 @@ def inverse_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(temperature >= 0, inverse, torch.nan)
 
 
-def run(
-    noun: Logits, call: Call, place: Place, warp: Warp, given: Tensor | None = None, rows: Tensor | None = None,
-) -> RowSamples:
+def run(noun: Logits, call: Call, place: Place, warp: Warp) -> RowSamples:
     """Samples ``[N]`` of a noun's rows; the other arguments are ``[N]``, checked but for the values of tensors.
-
-    ``given`` ids (int64) are scored, and nothing is drawn. ``rows`` (int64 ``[N]``): of those rows of the noun alone.
 
     Only who traces torch needs the registered op: going through it takes longer than drawing one token does.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         tensors, description = pack(noun)
         filled = warp.filled(place.seeds.shape[0], place.seeds.device)
-        found = _sample([t.detach() for t in tensors], *place, *filled, given, rows, repr((description, *call)))
+        found = _sample([t.detach() for t in tensors], *place, *filled, repr((description, *call)))
         return RowSamples(*_padded(found))
     with torch.no_grad():
-        return _draw(noun, call, place, warp, given, rows)
+        return _draw(noun, call, place, warp)
 
 
-def request_of(place: Place, warp: Warp, dtype: torch.dtype, race: int, given: Tensor | None = None) -> Request:
+def request_of(place: Place, warp: Warp, dtype: torch.dtype, race: int) -> Request:
     count, device = place.seeds.shape[0], place.seeds.device
     if isinstance(warp.temperature, Tensor):
         inverse = inverse_temperature(warp.temperature, dtype)
     else:
         inverse = torch.full((count,), inverse_of(warp.temperature), dtype=dtype, device=device)
-    fields = (*place, inverse, *warp.filled(count, device)[1:], given)
-    return Request(*(None if x is None else x.contiguous() for x in fields), race)
+    fields = (*place, inverse, *warp.filled(count, device)[1:])
+    return Request(*(None if x is None else x.contiguous() for x in fields), None, race)
 
 
 def new_samples(logits: list[Tensor], count: int, stats: bool = False) -> RowSamples:
@@ -109,20 +105,18 @@ def _allocate(logits: list[Tensor], count: int, stats: bool) -> list[Tensor]:
 @torch.library.custom_op("kd_kernels::sample", mutates_args=())
 def _sample(
     logits: list[Tensor], seeds: Tensor, keys: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor | None,
-    top_p: Tensor | None, min_p: Tensor | None, given: Tensor | None, picked: Tensor | None, call_text: str,
+    top_p: Tensor | None, min_p: Tensor | None, call_text: str,
 ) -> list[Tensor]:
     """Ids, log-probabilities, those of the model, and with ``stats`` entropy and lse, ``[N]`` each."""
     noun, call = _read(call_text)
     with torch.no_grad():
-        found = _draw(
-            unpack(logits, noun), call, Place(seeds, keys, positions), Warp(temperature, top_k, top_p, min_p), given,
-            picked,
-        )
+        place, warp = Place(seeds, keys, positions), Warp(temperature, top_k, top_p, min_p)
+        found = _draw(unpack(logits, noun), call, place, warp)
     return [x for x in found if x is not None]
 
 
 @_sample.register_fake
-def _(logits, seeds, keys, positions, temperature, top_k, top_p, min_p, given, picked, call_text):
+def _(logits, seeds, keys, positions, temperature, top_k, top_p, min_p, call_text):
     return _allocate(logits, seeds.shape[0], _read(call_text)[1].stats)
 
 
@@ -130,9 +124,7 @@ def _padded(tensors: list[Tensor]) -> list[Tensor | None]:
     return [*tensors, *(None,) * (5 - len(tensors))]
 
 
-def _draw(
-    noun: Logits, call: Call, place: Place, warp: Warp, given: Tensor | None, picked: Tensor | None
-) -> RowSamples:
+def _draw(noun: Logits, call: Call, place: Place, warp: Warp) -> RowSamples:
     """The walk over chunks of rows."""
     noun, tensors = products.flattened(noun), products.tensors_of(noun)
     count, device, dtype = place.seeds.shape[0], place.seeds.device, products.work_dtype(*tensors)
@@ -142,26 +134,25 @@ def _draw(
     rows_of, out = implementation(call.backend), new_samples(tensors, count, call.stats)
     autocast = getattr(torch, call.autocast) if call.autocast else None
     with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
-        request = request_of(place, warp, dtype, call.race, given)
+        request = request_of(place, warp, dtype, call.race)
         if device.type != "cpu":
             is_valid = functools.reduce(torch.logical_and, [valid for _, valid, _ in values.values()])
             request = request._replace(inverse=torch.where(is_valid, request.inverse, torch.nan))
         if call.backend == "cpp" and request.top_k is request.top_p is request.min_p is None:
-            rows_of.sample_panels(call.where, noun, picked, dtype, autocast, call.max_scratch_bytes, request, out)
+            rows_of.sample_panels(call.where, noun, dtype, autocast, call.max_scratch_bytes, request, out)
         else:
-            _walk(noun, picked, dtype, autocast, call, request, out)
+            _walk(noun, dtype, autocast, call, request, out)
         if call.check == "raise":
-            check_rows(call, out.ids, values, noun, picked, dtype, autocast)
+            check_rows(call, out.ids, values, noun, None, dtype, autocast)
     return out
 
 
 def _walk(
-    noun: Logits, picked: Tensor | None, dtype: torch.dtype, autocast: torch.dtype | None, call: Call, request: Request,
-    out: RowSamples,
+    noun: Logits, dtype: torch.dtype, autocast: torch.dtype | None, call: Call, request: Request, out: RowSamples,
 ) -> None:
     """Chunks of whole rows."""
     rows_of, count, device = implementation(call.backend), out.ids.shape[0], out.ids.device
-    rows = products.source(noun, picked, dtype, autocast=autocast, native=rows_of.NATIVE)
+    rows = products.source(noun, None, dtype, autocast=autocast, native=rows_of.NATIVE)
     own_bytes_per_row, own_fixed_bytes = rows_of.scratch(call.columns, dtype)
     step = products.rows_per_chunk(
         call.where, count, rows.bytes_per_row + own_bytes_per_row, rows.fixed_bytes + own_fixed_bytes,

@@ -32,7 +32,7 @@ class Request(NamedTuple):
     top_k: Tensor | None  # int64, at least 1
     top_p: Tensor | None  # fp64
     min_p: Tensor | None  # fp64
-    given: Tensor | None  # int64: score these ids, draw nothing
+    given: Tensor | None  # int64: score these ids, draw nothing. For judge_by; "cpp" has its own and takes none
     race: int  # the purpose of the words of the race between groups; that of the pick is one more
 
     def of(self, rows: slice | Tensor) -> Request:
@@ -210,6 +210,16 @@ def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
         entropy = -torch.where(logq > -torch.inf, logq.exp() * logq, 0.0).sum(1)
         out.entropy.copy_(torch.where(is_whole, entropy, torch.nan))
         out.lse.copy_(torch.where(is_whole, peak.double() + model_log_sum, torch.nan))
+
+
+def picked_scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """As :func:`scratch`, with the copies of :func:`sample_picked`."""
+    return scratch(columns, dtype)[0] + dtype.itemsize * columns, 0
+
+
+def sample_picked(rows: RawRows, picked: Tensor, request: Request, out: RowSamples) -> None:
+    """Draws and scores those ``picked`` (int64 ``[R]``) of a chunk alone."""
+    sample_rows(rows.picked(picked), request, out)
 
 
 def warped(z: Tensor, inverse: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:

@@ -64,6 +64,16 @@ def sample_rows(rows: RawRows, request: Request, out: RowSamples) -> None:
         _draw(rows, _summarised(rows, request.inverse, out.lse is not None), request, out)
 
 
+def picked_scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """As :func:`scratch`, with the copies of :func:`sample_picked`."""
+    return 4 * columns + scratch(columns, dtype)[0], 0
+
+
+def sample_picked(rows: RawRows, picked: Tensor, request: Request, out: RowSamples) -> None:
+    """The same for those ``picked`` (int64 ``[R]``) of a chunk alone."""
+    sample_rows(rows.picked(picked), request, out)
+
+
 def _summarised(rows: RawRows, inverse: Tensor, stats: bool) -> Summaries:
     raw, groups = rows.raw, _summaries(rows.raw)
     count, n_groups = groups.maxima.shape

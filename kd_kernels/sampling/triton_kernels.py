@@ -725,7 +725,9 @@ def heights_of(
     return tl.where(is_greedy, tl.where(o_v == best, 0.0, -float("inf")), tempered)
 
 
-@triton.jit(do_not_specialize=["teacher_has_bias", "student_has_bias", "teacher_has_min_p", "student_has_min_p"])
+@triton.jit(do_not_specialize=[
+    "n_columns", "teacher_has_bias", "student_has_bias", "teacher_has_min_p", "student_has_min_p",
+])
 def residual_kernel(
     teacher_ptr,  # [R, V], any float dtype
     student_ptr,  # [R, V], any float dtype
@@ -739,7 +741,7 @@ def residual_kernel(
     student_bounds_ptr,  # [R, 2] int32
     teacher_min_p_ptr,  # [R] fp64
     student_min_p_ptr,  # [R] fp64
-    left_ptr,  # [R, V] fp32: out
+    left_ptr,  # [R, V] fp32: out, with room for n_readable columns
     teacher_stride, student_stride, left_stride, n_columns, n_readable, n_groups, teacher_has_bias,
     student_has_bias, teacher_has_min_p, student_has_min_p, teacher_factor, teacher_height, student_factor,
     student_height,
@@ -786,7 +788,7 @@ def residual_kernel(
         is_left = log_p > log_q
         share = tl.exp(tl.where(is_left, log_q - log_p, -1.0))
         left = tl.where(is_left, log_p + tl.log(1.0 - share), -float("inf")).to(tl.float32)
-        tl.store(left_row + o_v, left, mask=o_v < n_columns)
+        tl.store(left_row + o_v, left, mask=o_v < n_readable)
         highest = tl.maximum(highest, left)
     if tl.max(highest, 0) == -float("inf"):
         for begin in range(0, n_columns, BLOCK):
@@ -795,4 +797,4 @@ def residual_kernel(
                 teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor,
                 teacher_height, p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
             ) - p_mass
-            tl.store(left_row + o_v, log_p.to(tl.float32), mask=o_v < n_columns)
+            tl.store(left_row + o_v, log_p.to(tl.float32), mask=o_v < n_readable)

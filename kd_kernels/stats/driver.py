@@ -30,12 +30,12 @@ def empty(logits: list[Tensor], count: int) -> RowStats:
 def walk(
     where: str, noun: Logits, ids: Tensor, *, autocast: torch.dtype | None, max_scratch_bytes: int | None, backend: str,
     check_source: Callable[[Source], None] = lambda source: None,
-    each_chunk: Callable[[RowStats, int, RawRows], None] | None = None, fixed_bytes: int = 0,
+    each_chunk: Callable[[RowStats, int, RawRows], None] | None = None, each_scratch: tuple[int, int] = (0, 0),
 ) -> RowStats:
     """Statistics of all rows of a noun with one leading dimension.
 
     ``check_source`` comes before anything is allocated; ``each_chunk`` sees of each chunk the statistics, the number
-    of its first row, and the logits; it may take ``fixed_bytes`` of scratch.
+    of its first row, and the logits; it may take ``each_scratch`` bytes: a row, and for any number of rows.
     """
     ids, count, columns = ids.contiguous(), ids.shape[0], vocab(noun)
     tensors = products.tensors_of(noun)
@@ -47,7 +47,8 @@ def walk(
         check_source(rows)
         out = empty(tensors, count)
         for here, (chunk,) in products.chunks_of(
-            where, [rows], count, own_bytes_per_row, own_fixed_bytes + fixed_bytes, max_scratch_bytes, ids.device
+            where, [rows], count, own_bytes_per_row + each_scratch[0], own_fixed_bytes + each_scratch[1],
+            max_scratch_bytes, ids.device,
         ):
             part = RowStats(*(field[here] for field in out))
             rows_of.stat_rows(chunk, ids[here], part)

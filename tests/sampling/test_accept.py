@@ -295,9 +295,9 @@ def test_every_noun_and_shape(rule: dict, backend: str) -> None:
 def test_only_refused_rows_are_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
     from kd_kernels.sampling import cpp_impl
 
-    seen, sample_rows = [], cpp_impl.sample_rows
+    seen, sample_picked = [], cpp_impl.sample_picked
     monkeypatch.setattr(
-        cpp_impl, "sample_rows", lambda *given: seen.append(given[3].tolist()) or sample_rows(*given)
+        cpp_impl, "sample_picked", lambda *given: seen.append(given[1].tolist()) or sample_picked(*given)
     )
     teacher = eighths(2)[:, :300]
     found = accept_or_resample(torch.arange(N), teacher, k=150, seed=0)
