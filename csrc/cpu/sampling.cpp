@@ -1,6 +1,5 @@
 // One id a row: a race between groups of 128 ids, and a pick inside of the one that wins. Without filters a row is met panel by
-// panel, each logit once, while it is in cache; of what has passed, the group that leads is kept. Filters need whole rows. They
-// look at the groups' maxima first, so that only ids near the cut are ever compared; nothing is sorted whole.
+// panel, each logit once, while it is in cache; of what has passed, the group that leads is kept. Filters need whole rows: law.h.
 #include "sampling.h"
 
 #include <memory>
