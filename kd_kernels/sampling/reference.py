@@ -7,6 +7,7 @@ temperature of NaN, which stands for an argument out of range) gets the id -1 an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -239,14 +240,6 @@ def judge_scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     return 3 * 8 * COPIES * columns, 0
 
 
-def judge_rows(
-    teacher: RawRows, student: RawRows, drafts: Tensor, teacher_request: Request, student_request: Request,
-    out: Verdicts,
-) -> None:
-    """Speculative sampling of a chunk: tests drafts (int64 ``[C]``) and replaces those that are refused."""
-    judge_by(sample_rows, residual, teacher, student, drafts, teacher_request, student_request, out)
-
-
 def residual(teacher: RawRows, student: RawRows, teacher_request: Request, student_request: Request) -> Tensor:
     """Logits ``[R, V]`` of what is left of the teacher, ``log(max(p - q, 0))`` formed in fp64; of p where nothing
     is."""
@@ -264,8 +257,8 @@ def judge_by(
     teacher: RawRows, student: RawRows, drafts: Tensor, teacher_request: Request, student_request: Request,
     out: Verdicts,
 ) -> None:
-    """The same with a backend's ``sample_rows`` and its logits of what is left. Waits for a GPU once: how many rows are
-    refused."""
+    """Speculative sampling of a chunk: tests drafts (int64 ``[C]``) and replaces those that are refused, with a
+    backend's ``sample_rows`` and its logits of what is left. Waits for a GPU once: how many rows are refused."""
     dtype, device = out.logprobs.dtype, drafts.device
 
     def run(rows: RawRows, request: Request) -> RowSamples:
@@ -300,6 +293,9 @@ def judge_by(
     found = run(teacher, teacher_request._replace(given=ids))
     for field, values in (("ids", ids), ("logprobs", found.logprobs), ("model_logprobs", found.model_logprobs)):
         getattr(out, field).index_copy_(0, refused, values)
+
+
+judge_rows = functools.partial(judge_by, sample_rows, residual)
 
 
 def _drawn_with_replacement(z: Tensor, request: TargetRequest, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:

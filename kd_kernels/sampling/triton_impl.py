@@ -5,6 +5,7 @@ Nothing here reads from the device. A row that is no distribution gets the id -1
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from kd_kernels.products import LinearSource, RawRows, Source, row_pitch
 from kd_kernels.sampling import config
 from kd_kernels.sampling.philox import GROUP
 from kd_kernels.sampling.reference import (
-    ENTRY_BYTES, Request, RowSamples, RowTargets, TargetRequest, Verdicts, judge_by, write_entries,
+    ENTRY_BYTES, Request, RowSamples, RowTargets, TargetRequest, judge_by, write_entries,
 )
 from kd_kernels.sampling.triton_kernels import (
     N_BOUNDS, N_STATE, certain_kernel, draw_kernel, draw_targets_kernel, filter_kernel, group_sums_kernel,
@@ -160,14 +161,6 @@ def judge_scratch(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     return 3 * (4 * columns + scratch(columns, dtype)[0]), 0
 
 
-def judge_rows(
-    teacher: RawRows, student: RawRows, drafts: Tensor, teacher_request: Request, student_request: Request,
-    out: Verdicts,
-) -> None:
-    """Speculative sampling of a chunk. Bytes: see the kernels."""
-    judge_by(sample_rows, residual, teacher, student, drafts, teacher_request, student_request, out)
-
-
 def residual(teacher: RawRows, student: RawRows, teacher_request: Request, student_request: Request) -> Tensor:
     """Logits fp32 ``[R, V]`` of what is left of the teacher."""
     p_groups, q_groups = (
@@ -190,6 +183,9 @@ def residual(teacher: RawRows, student: RawRows, teacher_request: Request, stude
         **UNFUSED,
     )
     return left
+
+
+judge_rows = functools.partial(judge_by, sample_rows, residual)
 
 
 def target_scratch(columns: int, request: TargetRequest, dtype: torch.dtype) -> tuple[int, int]:

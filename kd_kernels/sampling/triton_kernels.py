@@ -161,6 +161,16 @@ def stays(z, columns, key, last, floor, peak, inverse):
 
 
 @triton.jit
+def largest_of(row_ptr, n, BLOCK: tl.constexpr):
+    """Of the first n numbers; -inf if there are none."""
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
+    for begin in range(0, n, BLOCK):
+        o_n = begin + tl.arange(0, BLOCK)
+        highest = tl.maximum(highest, tl.load(row_ptr + o_n, mask=o_n < n, other=-float("inf")))
+    return tl.max(highest, 0)
+
+
+@triton.jit
 def masses_of(z, peak, inverse):
     """``exp((z - peak) / T)``."""
     return tl.exp((z - peak) * inverse)
@@ -274,11 +284,7 @@ def filter_kernel(
     inverse, is_greedy, is_valid = safe_inverse(inverse_ptr, row)
     o_b = tl.arange(0, BLOCK)
 
-    highest = tl.full([BLOCK], -float("inf"), tl.float32)
-    for begin in range(0, n_groups, BLOCK):
-        o_g = begin + o_b
-        highest = tl.maximum(highest, tl.load(maxima_row + o_g, mask=o_g < n_groups, other=-float("inf")))
-    peak = finite_or_zero(tl.max(highest, 0))
+    peak = finite_or_zero(largest_of(maxima_row, n_groups, BLOCK))
     lanes = tl.zeros([BLOCK], tl.float64)
     for begin in range(0, n_groups, BLOCK):
         o_g = begin + o_b
@@ -497,16 +503,6 @@ def draw_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def largest_of(row_ptr, n, BLOCK: tl.constexpr):
-    """Of the first n numbers; -inf if there are none."""
-    highest = tl.full([BLOCK], -float("inf"), tl.float32)
-    for begin in range(0, n, BLOCK):
-        o_n = begin + tl.arange(0, BLOCK)
-        highest = tl.maximum(highest, tl.load(row_ptr + o_n, mask=o_n < n, other=-float("inf")))
-    return tl.max(highest, 0)
-
-
 @triton.jit(do_not_specialize=["n_columns", "certain", "width", "has_bias"])
 def certain_kernel(
     raw_ptr,  # [C, V], any float dtype
@@ -690,12 +686,7 @@ def law_of(
     """How a row is tempered and cut: its largest logit, 1 / T, the first id with that logit where T is 0, and what the
     filters leave, as :func:`stays` takes it."""
     inverse, is_greedy, is_valid = safe_inverse(inverse_ptr, row)
-    highest = tl.full([BLOCK], -float("inf"), tl.float32)
-    for begin in range(0, n_groups, BLOCK):
-        o_g = begin + tl.arange(0, BLOCK)
-        maximum = tl.load(maxima_ptr + row * n_groups + o_g, mask=o_g < n_groups, other=-float("inf"))
-        highest = tl.maximum(highest, maximum)
-    peak = finite_or_zero(tl.max(highest, 0))
+    peak = finite_or_zero(largest_of(maxima_ptr + row * n_groups, n_groups, BLOCK))
     best = tl.full([], MOST_IDS, tl.int32)
     if is_greedy:
         for begin in range(0, n_columns, BLOCK):

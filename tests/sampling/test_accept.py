@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -211,7 +212,8 @@ def test_mutations_have_another_law(monkeypatch: pytest.MonkeyPatch, mutation: s
     teacher, student = (1.5 * torch.randn(50, generator=generator) for _ in range(2))
     words, uniform = philox.words, philox.fine_uniform
     if mutation == "draws the teacher":
-        monkeypatch.setattr(reference, "residual", lambda teacher, *rest: teacher.logits())
+        forgets = functools.partial(reference.judge_by, reference.sample_rows, lambda teacher, *rest: teacher.logits())
+        monkeypatch.setattr(reference, "judge_rows", forgets)
     elif mutation == "shares the draft's words":
         shared = lambda purpose: philox.PICK if purpose == philox.ACCEPT else purpose  # noqa: E731
         monkeypatch.setattr(philox, "words", lambda *a: words(*a[:3], shared(a[3]), *a[4:]))
