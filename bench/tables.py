@@ -193,11 +193,10 @@ def fp32_ratios(results: dict) -> str:
     """Every op in fp32, a column each: times over the bare products, and cross-entropy's memory."""
     records = {op: results["comparisons"][op] for op in FP32_OPS}
     cell = lambda result: [f"{result['ratio']:.2f}"]  # noqa: E731
-    rows = []
-    for name in took_part(*records.values()):
-        first = next(record for record in records.values() if name in record["contenders"])
-        cells = [_cells(record, name, cell, 1)[0] for record in records.values()]
-        rows.append([label(name, first), *cells])
+    rows = [
+        [label(name, records["dense_fp32"]), *(x for record in records.values() for x in _cells(record, name, cell, 1))]
+        for name in took_part(*records.values())
+    ]
     products = ", ".join(
         f"{FP32_OPS[op]} {record['contenders']['products']['p50_ms']:,.0f} ms" for op, record in records.items()
     )
