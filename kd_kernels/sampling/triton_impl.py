@@ -20,8 +20,9 @@ from kd_kernels.sampling.reference import (
 )
 from kd_kernels.sampling.triton_kernels import (
     N_BOUNDS, N_STATE, certain_kernel, draw_kernel, draw_targets_kernel, filter_kernel, group_sums_kernel,
-    head_groups_kernel, residual_kernel,
+    head_groups_kernel,
 )
+from kd_kernels.sampling.triton_residual import residual_kernel
 
 NATIVE = True
 
