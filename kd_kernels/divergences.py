@@ -4,11 +4,12 @@ p is the teacher's probability and q the student's, everywhere; values are in na
 vocabulary of ``f(log p, log q)``, and all that a kernel needs of it are two scalars: ``f`` and ``g = df / dlog q``.
 With ``G = sum_v g`` the gradient with respect to a student logit is ``(g - q G) / temperature``.
 
-Each formula is one straight-line function below, in a tiny vocabulary (arithmetic, comparisons, ``tl.exp``, ``tl.log``,
-``tl.abs``, ``tl.where``). From that one text come the Triton device function (:func:`triton_terms`), the torch code of
-the reference backend (:func:`torch_terms`) and the C++ struct in ``csrc/include/kd/terms.h`` (printed by
-``kd_kernels/generate_terms.py``). A masked column has ``log p = -inf`` or ``log q = -inf``: the guards keep
-``0 * inf`` out, so that a column that neither model has adds nothing.
+Each formula is one straight-line function below, in a tiny vocabulary: arithmetic, comparisons, ``tl.exp``, the cheaper
+``tl.exp_fall`` for what is not above 0, ``tl.log``, ``tl.abs``, ``tl.where``, and what is in :data:`HELPERS`. From that
+one text come the Triton device function (:func:`triton_terms`), the torch code of the reference backend
+(:func:`torch_terms`) and the C++ struct in ``csrc/include/kd/terms.h`` (printed by ``kd_kernels/generate_terms.py``). A
+masked column has ``log p = -inf`` or ``log q = -inf``: the guards keep ``0 * inf`` out, so that a column that neither
+model has adds nothing.
 
 To add one: a function and a factory here, an oracle in ``tests/oracles.py``, then
 ``python -m kd_kernels.generate_terms``.
@@ -36,7 +37,7 @@ from kd_kernels import _check
 class _TorchLanguage:
     """The formulas' vocabulary on torch tensors."""
 
-    exp, log, abs, sqrt = torch.exp, torch.log, torch.abs, torch.sqrt
+    exp, exp_fall, log, abs = torch.exp, torch.exp, torch.log, torch.abs
     where = staticmethod(torch.where)
 
 
@@ -44,77 +45,86 @@ tl: Any = _TorchLanguage
 
 
 def _forward_kl(logp, logq):
-    p = tl.exp(logp)
+    p = tl.exp_fall(logp)
     f = tl.where(p > 0, p * (logp - logq), 0.0)
     return f, -p
 
 
 def _reverse_kl(logp, logq):
-    q = tl.exp(logq)
+    q = tl.exp_fall(logq)
     f = tl.where(q > 0, q * (logq - logp), 0.0)
     return f, f + q
 
 
+def _log_mixture(logp, logq, weight):
+    # log m - log max(p, q) of m = weight p + (1 - weight) q, from the gap alone. Where p is near q it is near 0, and so
+    # are its errors; log m itself would have those of a number as large as log p, in a difference that is small.
+    fall = tl.exp_fall(-tl.abs(logq - logp))
+    return tl.log(tl.where(logq > logp, (1.0 - weight) + weight * fall, weight + (1.0 - weight) * fall))
+
+
 def _jsd(logp, logq, beta):
-    p = tl.exp(logp)
-    q = tl.exp(logq)
-    logm = tl.log(beta * p + (1.0 - beta) * q)
-    from_p = tl.where(p > 0, p * (logp - logm), 0.0)
-    from_q = tl.where(q > 0, q * (logq - logm), 0.0)
+    p = tl.exp_fall(logp)
+    q = tl.exp_fall(logq)
+    top = tl.where(logq > logp, logq, logp)
+    rest = _log_mixture(logp, logq, beta)
+    from_p = tl.where(p > 0, p * ((logp - top) - rest), 0.0)
+    from_q = tl.where(q > 0, q * ((logq - top) - rest), 0.0)
     return beta * from_p + (1.0 - beta) * from_q, (1.0 - beta) * from_q
 
 
 def _skew_forward_kl(logp, logq, alpha):
-    p = tl.exp(logp)
-    q = tl.exp(logq)
+    p = tl.exp_fall(logp)
+    q = tl.exp_fall(logq)
     m = alpha * p + (1.0 - alpha) * q
-    f = tl.where(p > 0, p * (logp - tl.log(m)), 0.0)
+    top = tl.where(logq > logp, logq, logp)
+    f = tl.where(p > 0, p * ((logp - top) - _log_mixture(logp, logq, alpha)), 0.0)
     g = tl.where(m > 0, (alpha - 1.0) * p * (q / m), 0.0)
     return f, g
 
 
 def _skew_reverse_kl(logp, logq, alpha):
-    p = tl.exp(logp)
-    q = tl.exp(logq)
+    p = tl.exp_fall(logp)
+    q = tl.exp_fall(logq)
     m = (1.0 - alpha) * p + alpha * q
-    f = tl.where(q > 0, q * (logq - tl.log(m)), 0.0)
+    top = tl.where(logq > logp, logq, logp)
+    f = tl.where(q > 0, q * ((logq - top) - _log_mixture(logp, logq, 1.0 - alpha)), 0.0)
     g = tl.where(q > 0, f + q * (1.0 - alpha * (q / m)), 0.0)
     return f, g
 
 
 def _skew_reverse_kl_detached(logp, logq, alpha):
-    p = tl.exp(logp)
-    q = tl.exp(logq)
-    m = (1.0 - alpha) * p + alpha * q
-    f = tl.where(q > 0, q * (logq - tl.log(m)), 0.0)
+    q = tl.exp_fall(logq)
+    top = tl.where(logq > logp, logq, logp)
+    f = tl.where(q > 0, q * ((logq - top) - _log_mixture(logp, logq, 1.0 - alpha)), 0.0)
     return f, f + q
 
 
 def _jeffreys(logp, logq, weight):
-    p = tl.exp(logp)
-    q = tl.exp(logq)
+    p = tl.exp_fall(logp)
+    q = tl.exp_fall(logq)
     forward = tl.where(p > 0, p * (logp - logq), 0.0)
     reverse = tl.where(q > 0, q * (logq - logp), 0.0)
     return weight * forward + (1.0 - weight) * reverse, (1.0 - weight) * (reverse + q) - weight * p
 
 
 def _total_variation(logp, logq):
-    p = tl.exp(logp)
-    q = tl.exp(logq)
+    p = tl.exp_fall(logp)
+    q = tl.exp_fall(logq)
     sign = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
     return sign * (q - p), sign * q
 
 
 def _squared_hellinger(logp, logq):
-    root_p = tl.exp(0.5 * logp)
-    root_q = tl.exp(0.5 * logq)
+    root_p = tl.exp_fall(0.5 * logp)
+    root_q = tl.exp_fall(0.5 * logq)
     gap = root_q - root_p
     return 0.5 * gap * gap, 0.5 * root_q * gap
 
 
 def _alpha(logp, logq, alpha):
-    p = tl.exp(logp)
-    q = tl.exp(logq)
+    p = tl.exp_fall(logp)
+    q = tl.exp_fall(logq)
     mixed = tl.where(p + q > 0, tl.exp(alpha * logp + (1.0 - alpha) * logq), 0.0)
     f = (mixed - alpha * p - (1.0 - alpha) * q) / (alpha * (alpha - 1.0))
     return f, (q - mixed) / alpha
@@ -122,7 +132,7 @@ def _alpha(logp, logq, alpha):
 
 def _alpha_beta(logp, logq, alpha, beta):
     both = alpha + beta
-    present = tl.exp(logp) + tl.exp(logq) > 0
+    present = tl.exp_fall(logp) + tl.exp_fall(logq) > 0
     mixed = tl.where(present, tl.exp(alpha * logp + beta * logq), 0.0)
     only_p = tl.where(present, tl.exp(both * logp), 0.0)
     only_q = tl.where(present, tl.exp(both * logq), 0.0)
@@ -319,6 +329,9 @@ FORMULAS: tuple[Callable[..., tuple[Any, Any]], ...] = (
 )
 """Every formula that compiled backends carry, in the order of their numbers there."""
 
+HELPERS: tuple[Callable[..., Any], ...] = (_log_mixture,)
+"""What formulas may call, written as they are."""
+
 _CUSTOM: dict[str, Divergence] = {}
 
 
@@ -406,10 +419,15 @@ def torch_terms(divergence: Divergence) -> Callable[[Tensor, Tensor], tuple[Tens
 def triton_terms(kernel: str) -> Any:
     """The formula named ``kernel`` as a Triton device function ``(logp, logq, *params) -> (f, g)``.
 
-    The code object is the one above; only the name ``tl`` in it is bound anew.
+    The code object is the one above; only the names in it are bound anew.
     """
     import triton
     import triton.language
 
-    formula = next(f for f in FORMULAS if f.__name__ == f"_{kernel}")
-    return triton.jit(types.FunctionType(formula.__code__, {"tl": triton.language}, formula.__name__))
+    from kd_kernels import triton_formulas
+
+    # The interpreter looks for Triton's own language among a function's globals.
+    names: dict[str, Any] = {"__name__": __name__, "tl": triton_formulas, "language": triton.language}
+    bound = lambda f: triton.jit(types.FunctionType(f.__code__, names, f.__name__))  # noqa: E731
+    names |= {helper.__name__: bound(helper) for helper in HELPERS}
+    return bound(next(f for f in FORMULAS if f.__name__ == f"_{kernel}"))

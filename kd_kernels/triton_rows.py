@@ -1,6 +1,6 @@
 """Device functions that every Triton row kernel is made of: logits out of raw products, and their running normaliser.
 
-One program owns one row and walks it in blocks. Sums are kept one a lane and joined at the end of the walk, so that no
+One program owns one row and walks it in blocks. Sums are kept by lanes and joined at the end of the walk, so that no
 block waits for a reduction, and loads of the next block can start early.
 """
 
@@ -18,11 +18,27 @@ BEYOND = tl.constexpr(1 << 21)
 """A group that no vocabulary has: of 16 columns or more each, they end at 2^24."""
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """``e^x`` as a multiplication and the GPU's own power of two, 0 below 2^-126: for numbers that are smaller still,
+    ``tl.exp`` has three more instructions."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def fold(x):
+    """Sums of four neighbours, which one lane holds: no data moves."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), 1)
+
+
 @triton.jit
 def tanh(x):
     """From ``e^(-2|x|)``, which cannot overflow; by its series near 0, where the quotient would cancel."""
     size = tl.abs(x)
-    decay = tl.exp(-2.0 * size)
+    decay = exp(-2.0 * size)
     value = tl.where(size < 0.02, size - size * size * size * (1.0 / 3.0), (1.0 - decay) / (1.0 + decay))
     return tl.where(x < 0, -value, value)
 
@@ -50,21 +66,44 @@ def load_logits(raw_ptr, bias_ptr, has_bias, o_v, mask, factor, height):
 
 
 @triton.jit
-def load_block(raw_ptr, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height):
-    """The same for a walk: -inf past the row's ``n_columns``, but read as far as there is memory. A mask that ends
-    between any two columns would take every load of every block apart; ``n_readable`` is a multiple of 16 where it can
-    be."""
-    raw = tl.load(raw_ptr + o_v, mask=o_v < n_readable, other=0.0).to(tl.float32)
+def load_raw(raw_ptr, o_v, end, n_columns, n_readable):
+    """Products for a block of a walk, before column ``end``: -inf past the row's ``n_columns``. Only the last block has
+    a mask. One that ends between any two columns would take its loads apart, so it reads as far as there is memory:
+    ``n_readable`` is a multiple of 16 where it can be."""
+    if end <= n_columns:
+        raw = tl.load(raw_ptr + o_v).to(tl.float32)
+    else:
+        raw = tl.load(raw_ptr + o_v, mask=o_v < n_readable, other=0.0).to(tl.float32)
+        raw = tl.where(o_v < n_columns, raw, -float("inf"))
+    return raw
+
+
+@triton.jit
+def logits_of(raw, bias_ptr, has_bias, o_v, n_columns, factor, height):
+    """Logits of the products that :func:`load_raw` returned, -inf past the row. Options are branches that all lanes
+    take."""
     if has_bias:
         raw += tl.load(bias_ptr + o_v, mask=o_v < n_columns, other=0.0)
-    return tl.where(o_v < n_columns, map_raw(raw, factor, height), -float("inf"))
+    z = raw * factor
+    if height > 0:
+        z = tl.where(o_v < n_columns, tanh(z) * height, -float("inf"))
+    return z
+
+
+@triton.jit
+def load_block(raw_ptr, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height):
+    """Logits for a block of a walk, in fp32: those of the columns ``o_v``, before ``end``. Reads the row's dtype."""
+    raw = load_raw(raw_ptr, o_v, end, n_columns, n_readable)
+    return logits_of(raw, bias_ptr, has_bias, o_v, n_columns, factor, height)
 
 
 @triton.jit
 def add_to_normaliser(z, peak, total):
-    """Take up a block: ``total`` is the lane's sum of ``exp(z - peak)``, ``peak`` its largest logit so far."""
-    higher = tl.maximum(peak, z)
-    return higher, total * tl.exp(peak - higher) + tl.exp(z - higher)
+    """Take up a block of logits ``[B]``: ``peak`` ``[B / 4]`` is the largest so far of four neighbours, which one lane
+    holds, ``total`` ``[B / 4, 4]`` the sum of each one's ``exp(z - peak)``."""
+    four = tl.reshape(z, total.shape)
+    higher = tl.maximum(peak, tl.max(four, 1))
+    return higher, total * exp(peak - higher)[:, None] + exp(four - higher[:, None])
 
 
 @triton.jit
@@ -74,7 +113,7 @@ def join_normaliser(peak, total):
     In fp64, once a row: every log-probability of the row shares the error of this sum.
     """
     top = tl.max(peak, 0)
-    return top, tl.sum((total * tl.exp(peak - top)).to(tl.float64), 0).to(tl.float32)
+    return top, tl.sum(tl.sum((total * exp(peak - top)[:, None]).to(tl.float64), 1), 0).to(tl.float32)
 
 
 @triton.jit
@@ -86,7 +125,7 @@ def join_argmax(best, best_id):
 @triton.jit
 def p_log_p(logp):
     """``p log p``, 0 where p is 0."""
-    return tl.where(logp > -1e30, tl.exp(logp) * logp, 0.0)
+    return tl.where(logp > -1e30, exp(logp) * logp, 0.0)
 
 
 @triton.jit

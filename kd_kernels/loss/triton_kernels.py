@@ -8,7 +8,10 @@ gradient of NaN.
 import triton
 import triton.language as tl
 
-from kd_kernels.triton_rows import LOWEST, add_to_normaliser, join_normaliser, load_block, load_logits, p_log_p
+from kd_kernels.triton_rows import (
+    LOWEST, add_to_normaliser, exp, fold, join_normaliser, load_block, load_logits, load_raw, logits_of,
+    p_log_p,
+)
 
 BAD_STUDENT = tl.constexpr(1)
 BAD_TEACHER = tl.constexpr(2)
@@ -43,23 +46,17 @@ def apply_terms(logp, logq, first_param, second_param, TERMS: tl.constexpr, N_PA
 
 
 @triton.jit
-def fold(x):
-    """Sums of four neighbours, which one lane holds: no data moves."""
-    return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), 1)
-
-
-@triton.jit
 def first_where(holds, o_v):
     """The least of four neighbours' ids for which it holds."""
     return tl.min(tl.reshape(tl.where(holds, o_v, 2147483647), [o_v.shape[0] // 4, 4]), 1)
 
 
 @triton.jit
-def load_tail(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height):
+def load_tail(student_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height):
     """Logits of a sparse row of which the kept ones were taken out: those are -inf. And which they are."""
-    raw = tl.load(student_row + o_v, mask=o_v < n_readable, other=0.0)
+    raw = load_raw(student_row, o_v, end, n_columns, n_readable)
     was_kept = raw.to(tl.int32, bitcast=True) == KEPT
-    z = load_block(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+    z = logits_of(raw, bias_ptr, has_bias, o_v, n_columns, factor, height)
     return tl.where(was_kept, -float("inf"), z), was_kept
 
 
@@ -98,21 +95,31 @@ def read_label(labels_ptr, row, has_labels, n_columns):
 
 
 @triton.jit
-def slope_of(z, scale, relative, height):
-    """d logit / d raw, of the tempered logit ``z``. ``relative`` is T / softcap."""
-    slope = tl.zeros_like(z) + scale
+def finish_gradient(slot, z, o_v, end, n_columns, label, ce, relative, height):
+    """What few blocks need: the label's share, zeros past the row, the slope of a softcap (``relative`` is
+    T / softcap). ``slot`` and ``ce`` include the row's weight and d logit / d raw where there is no softcap."""
+    if (end > n_columns) | ((label < end) & (label >= end - slot.shape[0])):
+        tl.debug_barrier()  # for no wait: without it the compiler makes selects of this branch, in every block
+        slot = tl.where(o_v < n_columns, slot - tl.where(o_v == label, ce, 0.0), 0.0)
     if height > 0:
-        slope = scale * (1.0 - (z * relative) * (z * relative))
-    return slope
+        slot = tl.where(o_v < n_columns, slot * (1.0 - (z * relative) * (z * relative)), 0.0)
+    return slot
 
 
 @triton.jit
-def ce_share_of(z, q, peak, temperature, ce, untempered_total):
-    """``ce * softmax(z T)``, the distribution at temperature 1."""
-    share = q * ce
-    if temperature != 1.0:
-        share = tl.exp((z - peak) * temperature) * (ce / untempered_total)
-    return share
+def ce_slopes_of(ce_slope, temperature, untempered_total):
+    """What cross-entropy gives each q, and each ``exp((z - max) T)``: it takes the distribution at temperature 1."""
+    at_one = temperature == 1.0
+    return tl.where(at_one, ce_slope, 0.0), tl.where(at_one, 0.0, ce_slope / untempered_total)
+
+
+@triton.jit
+def wait_for_readers(block, logits_ptr, gradient_ptr):
+    """Before a narrower gradient takes the place of logits, of which block i covers those of block i / 2 or before: all
+    that read these must have met since. They meet at block 0 and at each power of two."""
+    if gradient_ptr.dtype.element_ty.primitive_bitwidth < logits_ptr.dtype.element_ty.primitive_bitwidth:
+        if (block & (block - 1)) == 0:
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -175,16 +182,16 @@ def dense_rows_kernel(
         label, status = read_label(labels_ptr, row, has_labels, n_columns)
 
         # First walk: normalisers.
-        q_peak, p_peak = tl.full([BLOCK], LOWEST, tl.float32), tl.full([BLOCK], LOWEST, tl.float32)
-        q_total, p_total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        for block in range(0, n_blocks):
-            o_v = block * BLOCK + o_b
+        q_peak, p_peak = tl.full([BLOCK // 4], LOWEST, tl.float32), tl.full([BLOCK // 4], LOWEST, tl.float32)
+        q_total, p_total = tl.zeros([BLOCK // 4, 4], tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
+        for begin in range(0, n_columns, BLOCK):
+            o_v, end = begin + o_b, begin + BLOCK
             z = load_block(
-                student_row, student_bias_ptr, student_has_bias, o_v, n_columns, n_readable, student_factor,
+                student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
                 student_height,
             )
             y = load_block(
-                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor,
+                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
                 teacher_height,
             )
             q_peak, q_total = add_to_normaliser(z, q_peak, q_total)
@@ -201,46 +208,49 @@ def dense_rows_kernel(
             student_row, student_bias_ptr, student_has_bias, at_label, label >= 0, student_factor, student_height
         )
         ce = tl.where(label >= 0, ce_weight, 0.0)
-        kd = kd_weight / temperature
+        kd_slope, ce_slope = kd_weight / temperature * student_scale * weight, ce * student_scale * weight
 
         # Second walk: the sums of f and of g; the gradient as well where G is known. Third walk: the gradient.
         f_lanes, g_lanes = tl.zeros([BLOCK // 4], tl.float32), tl.zeros([BLOCK // 4], tl.float32)
         q_log_q, p_log_p_lanes = tl.zeros([BLOCK // 4], tl.float32), tl.zeros([BLOCK // 4], tl.float32)
         untempered = tl.zeros([BLOCK // 4], tl.float32)
         q_ids, p_ids = tl.full([BLOCK // 4], 2147483647, tl.int32), tl.full([BLOCK // 4], 2147483647, tl.int32)
+        n_blocks = tl.cdiv(n_columns, BLOCK)
         for i in range(0, n_blocks):
             # The gradient may be narrower than the logits it replaces: write behind the reads.
+            block = n_blocks - 1 - i
             if KNOWS_G and HAS_GRADIENT:
-                o_v = i * BLOCK + o_b
-            else:
-                o_v = (n_blocks - 1 - i) * BLOCK + o_b
-            mask = o_v < n_columns
+                block = i
+            o_v, end = block * BLOCK + o_b, block * BLOCK + BLOCK
             z = load_block(
-                student_row, student_bias_ptr, student_has_bias, o_v, n_columns, n_readable, student_factor,
+                student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
                 student_height,
             )
             y = load_block(
-                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor,
+                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
                 teacher_height,
             )
             logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
             f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
-            f_lanes += fold(tl.where(mask, f, 0.0))
-            g_lanes += fold(tl.where(mask, g, 0.0))
+            f_lanes += fold(f)
+            g_lanes += fold(g)
             if temperature != 1.0:
-                untempered += fold(tl.exp((z - q_max) * temperature))
+                untempered += fold(exp((z - q_max) * temperature))
             if HAS_STATS:
                 q_ids = tl.minimum(q_ids, first_where(z == q_max, o_v))
                 p_ids = tl.minimum(p_ids, first_where(y == p_max, o_v))
                 q_log_q += fold(p_log_p(logq))
                 p_log_p_lanes += fold(p_log_p(logp))
             if KNOWS_G and HAS_GRADIENT:
-                q = tl.exp(logq)
-                slot = tl.where(kd_weight != 0, (g - q * total_g) * kd, 0.0) + q * ce - tl.where(o_v == label, ce, 0.0)
-                slot = slot * slope_of(z, student_scale, student_relative, student_height) * weight
-                tl.debug_barrier()
-                slot = tl.where(mask, slot, 0.0).to(gradient_ptr.dtype.element_ty)
-                tl.store(gradient_row + o_v, slot, mask=o_v < n_readable)
+                q = exp(logq)
+                slot = q * ce_slope
+                if kd_weight != 0:
+                    slot += (g - q * total_g) * kd_slope
+                slot = finish_gradient(
+                    slot, z, o_v, end, n_columns, label, ce_slope, student_relative, student_height
+                )
+                wait_for_readers(block, student_ptr, gradient_ptr)
+                tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=o_v < n_readable)
         divergence, sum_g = tl.sum(f_lanes, 0), tl.sum(g_lanes, 0)
         untempered_total = q_sum
         if temperature != 1.0:
@@ -262,26 +272,30 @@ def dense_rows_kernel(
                 q_sum * 0.0 + 1.0, label_logprob, teacher_label, student_top1, teacher_top1, 1.0 / q_sum, 1.0 / p_sum,
             )
         if HAS_GRADIENT and not KNOWS_G:
+            q_slope, untempered_slope = ce_slopes_of(ce_slope, temperature, untempered_total)
             for block in range(0, n_blocks):
-                o_v = block * BLOCK + o_b
-                mask = o_v < n_columns
+                o_v, end = block * BLOCK + o_b, block * BLOCK + BLOCK
                 z = load_block(
-                    student_row, student_bias_ptr, student_has_bias, o_v, n_columns, n_readable, student_factor,
+                    student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
                     student_height,
                 )
                 y = load_block(
-                    teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor,
+                    teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
                     teacher_height,
                 )
                 logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
                 f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
-                q = tl.exp(logq)
-                slot = tl.where(kd_weight != 0, (g - q * sum_g) * kd, 0.0)
-                slot += ce_share_of(z, q, q_max, temperature, ce, untempered_total) - tl.where(o_v == label, ce, 0.0)
-                slot = slot * slope_of(z, student_scale, student_relative, student_height) * weight
-                tl.debug_barrier()  # a narrower gradient takes the place of logits that other lanes have yet to read
-                slot = tl.where(mask, slot, 0.0).to(gradient_ptr.dtype.element_ty)
-                tl.store(gradient_row + o_v, slot, mask=o_v < n_readable)
+                q = exp(logq)
+                slot = q * q_slope
+                if kd_weight != 0:
+                    slot += (g - q * sum_g) * kd_slope
+                if temperature != 1.0:
+                    slot += exp((z - q_max) * temperature) * untempered_slope
+                slot = finish_gradient(
+                    slot, z, o_v, end, n_columns, label, ce_slope, student_relative, student_height
+                )
+                wait_for_readers(block, student_ptr, gradient_ptr)
+                tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=o_v < n_readable)
 
 
 @triton.jit(do_not_specialize=["n_columns", "has_labels", "has_bias", "has_tail", "has_importance", "treatment"])
@@ -359,28 +373,29 @@ def sparse_rows_kernel(
         status |= tl.where(tl.sum(outside + repeated, 0) > 0, BAD_IDS, 0)
 
         # The tail's normaliser, and that of the kept ids.
-        peak, total = tl.full([BLOCK], LOWEST, tl.float32), tl.zeros([BLOCK], tl.float32)
-        for block in range(0, tl.cdiv(n_columns, BLOCK)):
-            o_v = block * BLOCK + o_b
-            z, _ = load_tail(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+        peak, total = tl.full([BLOCK // 4], LOWEST, tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
+        for begin in range(0, n_columns, BLOCK):
+            z, _ = load_tail(
+                student_row, bias_ptr, has_bias, begin + o_b, begin + BLOCK, n_columns, n_readable, factor, height
+            )
             peak, total = add_to_normaliser(z, peak, total)
         tail_max, tail_sum = join_normaliser(peak, total)
-        kept_peak, kept_total = tl.full([ENTRIES], LOWEST, tl.float32), tl.zeros([ENTRIES], tl.float32)
+        kept_peak, kept_total = tl.full([ENTRIES // 4], LOWEST, tl.float32), tl.zeros([ENTRIES // 4, 4], tl.float32)
         mass, wrong = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.int32)
         for begin in range(first, last, ENTRIES):
             o_k = begin + o_e
             z = tl.load(kept_ptr + o_k, mask=o_k < last, other=-float("inf"))
             logp = tl.load(logprobs_ptr + o_k, mask=o_k < last, other=-float("inf"))
             kept_peak, kept_total = add_to_normaliser(z, kept_peak, kept_total)
-            mass += tl.exp(logp)
+            mass += exp(logp)
             wrong |= tl.where(logp <= LARGEST_LOGPROB, 0, BAD_TEACHER)
             if has_importance:
                 importance = tl.load(importance_ptr + o_k, mask=o_k < last, other=0.0)
                 wrong |= tl.where((importance >= 0) & (importance < float("inf")), 0, BAD_IMPORTANCE)
         kept_max, kept_sum = join_normaliser(kept_peak, kept_total)
         q_max = tl.maximum(tail_max, kept_max)
-        tail_sum = tl.where(tail_sum == 0, 0.0, tail_sum * tl.exp(tail_max - q_max))
-        kept_sum = tl.where(kept_sum == 0, 0.0, kept_sum * tl.exp(kept_max - q_max))
+        tail_sum = tl.where(tail_sum == 0, 0.0, tail_sum * exp(tail_max - q_max))
+        kept_sum = tl.where(kept_sum == 0, 0.0, kept_sum * exp(kept_max - q_max))
         q_sum = tail_sum + kept_sum
         q_log_sum = tl.log(q_sum)
         kept_mass = tl.sum(mass, 0)
@@ -393,7 +408,7 @@ def sparse_rows_kernel(
         status |= tl.reduce(wrong, 0, _or)
         status |= tl.where((has_importance == 0) & ~(kept_mass <= LARGEST_MASS), BAD_TEACHER, 0)
         status |= tl.where(bucket & ~(tail_logp <= LARGEST_LOGPROB), BAD_TAIL, 0)
-        status |= tl.where(bucket & ~(kept_mass + tl.exp(tail_logp) <= LARGEST_MASS), BAD_TEACHER, 0)
+        status |= tl.where(bucket & ~(kept_mass + exp(tail_logp) <= LARGEST_MASS), BAD_TEACHER, 0)
         weight = tl.where(status == 0, weight, nan)
 
         # The events: kept ids, and with "bucket" the tail as one more.
@@ -420,19 +435,19 @@ def sparse_rows_kernel(
         untempered_total = q_sum
         if temperature != 1.0:
             lanes = tl.zeros([BLOCK // 4], tl.float32)
-            for block in range(0, tl.cdiv(n_columns, BLOCK)):
-                o_v = block * BLOCK + o_b
-                z, _ = load_tail(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
-                lanes += fold(tl.exp((z - q_max) * temperature))
+            for begin in range(0, n_columns, BLOCK):
+                z, _ = load_tail(
+                    student_row, bias_ptr, has_bias, begin + o_b, begin + BLOCK, n_columns, n_readable, factor, height
+                )
+                lanes += fold(exp((z - q_max) * temperature))
             kept_lanes = tl.zeros([ENTRIES], tl.float32)
             for begin in range(first, last, ENTRIES):
                 o_k = begin + o_e
                 z = tl.load(kept_ptr + o_k, mask=o_k < last, other=-float("inf"))
-                kept_lanes += tl.exp((z - q_max) * temperature)
+                kept_lanes += exp((z - q_max) * temperature)
             untempered_total = tl.sum(lanes, 0) + tl.sum(kept_lanes, 0)
         label_logprob = tl.where(label >= 0, (z_label - q_max) * temperature - tl.log(untempered_total), nan)
         ce = tl.where(label >= 0, ce_weight, 0.0)
-        kd = kd_weight / temperature
         loss = tl.where(kd_weight != 0, kd_weight * divergence, 0.0) - tl.where(ce != 0, ce * label_logprob, 0.0)
         tl.store(loss_ptr + row, tl.where(status == 0, loss, nan).to(tl.float64))
         tl.store(status_ptr + row, status)
@@ -441,26 +456,30 @@ def sparse_rows_kernel(
         # G.
         spread = tl.where(renormalise, 0.0, -sum_g)
         spread += tl.where(bucket & (tail_sum > 0), g_tail * (q_sum / tail_sum), 0.0)
-        spread = tl.where(kd_weight != 0, spread * kd, 0.0)
+        kd_slope, ce_slope = kd_weight / temperature * scale * weight, ce * scale * weight
+        q_slope, untempered_slope = ce_slopes_of(ce_slope, temperature, untempered_total)
+        q_slope += tl.where(kd_weight != 0, spread * kd_slope, 0.0)
         q_log_q = tl.zeros([BLOCK // 4], tl.float32)
         q_ids = tl.full([BLOCK // 4], 2147483647, tl.int32)
         if HAS_GRADIENT or HAS_STATS:
             for block in range(0, tl.cdiv(n_columns, BLOCK)):
-                o_v = block * BLOCK + o_b
-                z, was_kept = load_tail(student_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+                o_v, end = block * BLOCK + o_b, block * BLOCK + BLOCK
+                z, was_kept = load_tail(
+                    student_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height
+                )
                 logq = (z - q_max) - q_log_sum
-                q = tl.exp(logq)
                 if HAS_STATS:
                     q_log_q += fold(p_log_p(logq))
                     q_ids = tl.minimum(q_ids, first_where(z == q_max, o_v))
                 if HAS_GRADIENT:
-                    slot = q * spread + ce_share_of(z, q, q_max, temperature, ce, untempered_total)
-                    slot = (slot - tl.where(o_v == label, ce, 0.0)) * slope_of(z, scale, relative, height) * weight
-                    # A narrower gradient takes the place of logits that other lanes have yet to read. Under a softcap
-                    # the slope of what was taken out is not finite; its gradient is written below.
-                    tl.debug_barrier()
-                    slot = tl.where(was_kept | (o_v >= n_columns), 0.0, slot).to(gradient_ptr.dtype.element_ty)
-                    tl.store(gradient_row + o_v, slot, mask=o_v < n_readable)
+                    slot = exp(logq) * q_slope
+                    if temperature != 1.0:
+                        slot += exp((z - q_max) * temperature) * untempered_slope
+                    slot = finish_gradient(slot, z, o_v, end, n_columns, label, ce_slope, relative, height)
+                    # What was taken out has its gradient written below; under a softcap its slope here is not finite.
+                    slot = tl.where(was_kept, 0.0, slot)
+                    wait_for_readers(block, student_ptr, gradient_ptr)
+                    tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=o_v < n_readable)
             tl.debug_barrier()
 
         kept_q_log_q, kept_p_log_p = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.float32)
@@ -475,14 +494,14 @@ def sparse_rows_kernel(
             z = tl.load(kept_ptr + o_k, mask=here, other=-float("inf"))
             given = tl.load(logprobs_ptr + o_k, mask=here, other=-float("inf"))
             if HAS_GRADIENT:
-                q = tl.exp((z - q_max) - q_log_sum)
                 logq, logp = (z - q_max) - q_shift, given - p_shift
                 f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
                 if has_importance:
                     g *= tl.load(importance_ptr + o_k, mask=here, other=0.0)
-                slot = tl.where(kd_weight != 0, (g - tl.exp(logq) * sum_g) * kd, 0.0)
-                slot += ce_share_of(z, q, q_max, temperature, ce, untempered_total) - tl.where(ids == label, ce, 0.0)
-                slot = slot * slope_of(z, scale, relative, height) * weight
+                slot = tl.where(kd_weight != 0, (g - exp(logq) * sum_g) * kd_slope, 0.0)
+                slot += (exp((z - q_max) * temperature) / untempered_total - (ids == label).to(tl.float32)) * ce_slope
+                if height > 0:
+                    slot *= 1.0 - (z * relative) * (z * relative)
                 inside = here & (ids >= 0) & (ids < n_columns)
                 tl.store(gradient_row + ids, slot.to(gradient_ptr.dtype.element_ty), mask=inside)
             if HAS_STATS:
@@ -502,7 +521,7 @@ def sparse_rows_kernel(
             store_stats(
                 stats_ptr, row, divergence, -(tl.sum(q_log_q, 0) + tl.sum(kept_q_log_q, 0)),
                 -(tl.sum(kept_p_log_p, 0) + p_log_p(tail_logp)), student_top1 == teacher_top1, kept_mass, label_logprob,
-                teacher_label, student_top1, teacher_top1, 1.0 / q_sum, tl.where(last > first, tl.exp(top_logp), nan),
+                teacher_label, student_top1, teacher_top1, 1.0 / q_sum, tl.where(last > first, exp(top_logp), nan),
             )
 
 

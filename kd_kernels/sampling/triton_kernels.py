@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    LARGEST_KEY, LEAST_KEY, finite_or_zero, join_argmax, keys_of, load_block, load_candidates, load_logits,
+    LARGEST_KEY, LEAST_KEY, exp, finite_or_zero, join_argmax, keys_of, load_block, load_candidates, load_logits,
     map_raw,
 )
 
@@ -61,12 +61,12 @@ def store_groups(
     """Of logits ``[G, 128]``: maximum m; sums of ``exp(z - m)``, of ``exp((z - m) / T)``, of ``exp(z - m) (z - m)``."""
     maximum = tl.max(z, 1)
     below = z - finite_or_zero(maximum)[:, None]
-    share = tl.exp(below)
+    share = exp(below)
     total = add_by_halves(share)
     tl.store(maxima_ptr + at, maximum, mask=mask)
     tl.store(sums_ptr + at, total, mask=mask)
     if is_tempered:
-        total = add_by_halves(tl.exp(below * inverse))
+        total = add_by_halves(exp(below * inverse))
     tl.store(race_sums_ptr + at, total, mask=mask)
     if STATS:
         weighted = tl.sum(tl.where(below > -1e30, share * below, 0.0), 1)
@@ -88,10 +88,12 @@ def group_sums_kernel(
     """Summaries of the groups. Moves V s + 12 G bytes a row (16 G with STATS), s those of a logit. G is a multiple of
     16, so that all rows are aligned: groups past V are empty."""
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_g = tl.program_id(0) % n_blocks * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    first = tl.program_id(0) % n_blocks * (BLOCK // GROUP)
+    o_g = first + tl.arange(0, BLOCK // GROUP)
     o_v = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inverse, is_greedy, is_valid = safe_inverse(inverse_ptr, row)
-    z = load_block(raw_ptr + row * stride, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+    end = first * GROUP + BLOCK
+    z = load_block(raw_ptr + row * stride, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height)
     store_groups(
         z, row * n_groups + o_g, o_g < n_groups, maxima_ptr, sums_ptr, race_sums_ptr, weighted_ptr, inverse,
         inverse != 1.0, STATS,
@@ -172,7 +174,7 @@ def largest_of(row_ptr, n, BLOCK: tl.constexpr):
 @triton.jit
 def masses_of(z, peak, inverse):
     """``exp((z - peak) / T)``."""
-    return tl.exp((z - peak) * inverse)
+    return exp((z - peak) * inverse)
 
 
 @triton.jit
@@ -360,7 +362,7 @@ def filter_kernel(
         z = load_logits(raw_row, bias_ptr, has_bias, columns, exists, factor, height)
         z = tl.where(stays(z, columns, key, last, floor, peak, inverse), z, -float("inf"))
         maximum = tl.max(z, 1)
-        total = add_by_halves(tl.exp((z - finite_or_zero(maximum)[:, None]) * inverse))
+        total = add_by_halves(exp((z - finite_or_zero(maximum)[:, None]) * inverse))
         tl.store(race_maxima_row + o_g, maximum, mask=o_l < n_listed)
         tl.store(race_sums_row + o_g, total, mask=o_l < n_listed)
 
@@ -572,7 +574,7 @@ def certain_kernel(
         z = load_logits(raw_row, bias_ptr, has_bias, columns, exists, factor, height)
         z = tl.where(stays(z, columns, key, last, no_floor, peak, inverse), -float("inf"), z)
         maximum = tl.max(z, 1)
-        total = add_by_halves(tl.exp((z - finite_or_zero(maximum)[:, None]) * inverse))
+        total = add_by_halves(exp((z - finite_or_zero(maximum)[:, None]) * inverse))
         tl.store(left_maxima_ptr + at + o_g, maximum, mask=o_l < n_listed)
         tl.store(left_sums_ptr + at + o_g, total, mask=o_l < n_listed)
 

@@ -21,7 +21,7 @@ def law_of(
     if is_greedy:
         for begin in range(0, n_columns, BLOCK):
             o_v = begin + tl.arange(0, BLOCK)
-            z = load_block(raw_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+            z = load_block(raw_row, bias_ptr, has_bias, o_v, begin + BLOCK, n_columns, n_readable, factor, height)
             best = tl.minimum(best, tl.min(tl.where(z == peak, o_v, MOST_IDS), 0))
     key, last = tl.full([], LEAST_KEY, tl.int32), tl.full([], MOST_IDS, tl.int32)
     floor = tl.full([], -float("inf"), tl.float64)
@@ -34,12 +34,12 @@ def law_of(
 
 @triton.jit
 def heights_of(
-    raw_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height, peak, inverse, is_greedy, best, key, last,
-    floor, FILTERED: tl.constexpr,
+    raw_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height, peak, inverse, is_greedy, best, key,
+    last, floor, FILTERED: tl.constexpr,
 ):
     """``(z - peak) / T`` in fp64, -inf for what is cut; where T is 0, 0 for the first id with the largest logit
     alone."""
-    z = load_block(raw_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+    z = load_block(raw_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height)
     tempered = (z.to(tl.float64) - peak.to(tl.float64)) * inverse.to(tl.float64)
     if FILTERED:
         tempered = tl.where(stays(z, o_v, key, last, floor, peak, inverse), tempered, -float("inf"))
@@ -85,26 +85,26 @@ def residual_kernel(
     )
     p_lanes, q_lanes = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for begin in range(0, n_columns, BLOCK):
-        o_v = begin + o_b
+        o_v, end = begin + o_b, begin + BLOCK
         p_lanes += tl.exp(heights_of(
-            teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor, teacher_height,
-            p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
+            teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
+            teacher_height, p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
         ))
         q_lanes += tl.exp(heights_of(
-            student_row, student_bias_ptr, student_has_bias, o_v, n_columns, n_readable, student_factor, student_height,
-            q_peak, q_inverse, q_greedy, q_best, q_key, q_last, q_floor, STUDENT_FILTERED,
+            student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
+            student_height, q_peak, q_inverse, q_greedy, q_best, q_key, q_last, q_floor, STUDENT_FILTERED,
         ))
     p_mass, q_mass = tl.log(tl.sum(p_lanes, 0)), tl.log(tl.sum(q_lanes, 0))
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
     for begin in range(0, n_columns, BLOCK):
-        o_v = begin + o_b
+        o_v, end = begin + o_b, begin + BLOCK
         log_p = heights_of(
-            teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor, teacher_height,
-            p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
+            teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
+            teacher_height, p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
         ) - p_mass
         log_q = heights_of(
-            student_row, student_bias_ptr, student_has_bias, o_v, n_columns, n_readable, student_factor, student_height,
-            q_peak, q_inverse, q_greedy, q_best, q_key, q_last, q_floor, STUDENT_FILTERED,
+            student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
+            student_height, q_peak, q_inverse, q_greedy, q_best, q_key, q_last, q_floor, STUDENT_FILTERED,
         ) - q_mass
         is_left = log_p > log_q
         share = tl.exp(tl.where(is_left, log_q - log_p, -1.0))
@@ -113,9 +113,9 @@ def residual_kernel(
         highest = tl.maximum(highest, left)
     if tl.max(highest, 0) == -float("inf"):
         for begin in range(0, n_columns, BLOCK):
-            o_v = begin + o_b
+            o_v, end = begin + o_b, begin + BLOCK
             log_p = heights_of(
-                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, n_readable, teacher_factor,
+                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
                 teacher_height, p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
             ) - p_mass
             tl.store(left_row + o_v, log_p.to(tl.float32), mask=o_v < n_readable)

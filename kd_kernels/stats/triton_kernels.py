@@ -3,30 +3,34 @@
 import triton
 import triton.language as tl
 
-from kd_kernels.triton_rows import LOWEST, join_argmax, load_block, load_logits
+from kd_kernels.triton_rows import LOWEST, exp, load_block, load_logits
 
 
 @triton.jit
-def add_to_entropy(z, peak, total, weighted):
-    """``total`` is the lane's sum of ``exp(gap)``, ``weighted`` that of ``exp(gap) gap``; gap = z - peak.
+def add_to_entropy(four, highest, best, total, weighted):
+    """Take up a block of logits, ``four`` ``[B / 4, 4]``, and the largest of each four. Of a lane, ``best`` is the
+    largest so far; ``total`` of each column the sum of ``exp(gap)``, ``weighted`` that of ``exp(gap) gap``, where gap
+    is z - best.
 
-    When the lane's peak rises, both are taken to the new one; that is exact, and no gap is ever above 0.
+    When ``best`` rises, both are taken to the new one; that is exact, and no gap is ever above 0. A gap of -inf has no
+    share, but 0 times it would be NaN.
     """
-    higher = tl.maximum(peak, z)
-    fall, gap = peak - higher, z - higher
-    shrink, share = tl.exp(fall), tl.exp(gap)
-    # What fell so far has no share left, and the share of a logit of -inf has none: 0 times -inf would be NaN.
-    weighted = shrink * (weighted + tl.where(fall > -1e30, fall * total, 0.0)) + tl.where(gap > -1e30, share * gap, 0.0)
+    higher = tl.maximum(best, highest)
+    peak = tl.maximum(higher, LOWEST)
+    fall = tl.maximum(tl.maximum(best, LOWEST) - peak, -1e30)[:, None]
+    gap = four - peak[:, None]
+    shrink, share = exp(fall), exp(gap)
+    weighted = shrink * (weighted + fall * total) + share * tl.maximum(gap, -1e30)
     return higher, total * shrink + share, weighted
 
 
 @triton.jit
-def join_entropy(peak, total, weighted):
+def join_entropy(best, total, weighted):
     """Over the lanes: the row's maximum and its two sums, NaN where a logit was NaN or +inf."""
-    top = tl.max(peak, 0)
-    fall = tl.maximum(peak - top, -1e30)  # a lane without a logit, or without one that counts
-    shrink = tl.exp(fall)
-    return top, tl.sum(total * shrink, 0), tl.sum((weighted + fall * total) * shrink, 0)
+    top = tl.max(best, 0)
+    fall = tl.maximum(best - tl.maximum(top, LOWEST), -1e30)[:, None]
+    shrink = exp(fall)
+    return top, tl.sum(tl.sum(total * shrink, 1), 0), tl.sum(tl.sum((weighted + fall * total) * shrink, 1), 0)
 
 
 # A flag is compared at run time, by a branch that all lanes take: one kernel serves both.
@@ -53,19 +57,30 @@ def token_stats_kernel(
     exists = (token >= 0) & (token < n_columns)
     z_id = load_logits(raw_row, bias_ptr, has_bias, tl.where(exists, token, 0), exists, factor, height)
 
-    o_b = tl.arange(0, BLOCK)
-    peak, best_id = tl.full([BLOCK], LOWEST, tl.float32), o_b
-    total, weighted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    before = tl.zeros([BLOCK], tl.int32)
-    for block in range(0, tl.cdiv(n_columns, BLOCK)):
-        o_v = block * BLOCK + o_b
-        z = load_block(raw_row, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
-        before += ((z > z_id) | ((z == z_id) & (o_v < token))).to(tl.int32)
-        best_id = tl.where((z > peak) | (total == 0), o_v, best_id)
-        peak, total, weighted = add_to_entropy(z, peak, total, weighted)
+    o_b, o_q, o_four = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 4), tl.arange(0, 4)
+    best, best_begin = tl.full([BLOCK // 4], -float("inf"), tl.float32), tl.zeros([BLOCK // 4], tl.int32)
+    total, weighted = tl.zeros([BLOCK // 4, 4], tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
+    before = tl.zeros([BLOCK // 4], tl.int32)
+    for begin in range(0, n_columns, BLOCK):
+        o_v, end = begin + o_b, begin + BLOCK
+        z = load_block(raw_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height)
+        beats = z > z_id
+        if token >= end:
+            beats = z >= z_id
+        elif token >= begin:
+            tl.debug_barrier()  # for no wait: without it the compiler compares ids in every block
+            beats |= (z == z_id) & (o_v < token)
+        before += tl.sum(tl.reshape(beats.to(tl.int32), [BLOCK // 4, 4]), 1)
+        four = tl.reshape(z, [BLOCK // 4, 4])
+        highest = tl.max(four, 1)
+        best_begin = tl.where(highest > best, begin, best_begin)
+        best, total, weighted = add_to_entropy(four, highest, best, total, weighted)
 
-    argmax = join_argmax(tl.where(total > 0, peak, -float("inf")), best_id)
-    top, row_sum, row_weighted = join_entropy(peak, total, weighted)
+    top, row_sum, row_weighted = join_entropy(best, total, weighted)
+    # Of each lane only the block that has its largest is known: its four logits there are read again.
+    columns = (best_begin + 4 * o_q)[:, None] + o_four[None, :]
+    four = load_logits(raw_row, bias_ptr, has_bias, columns, columns < n_columns, factor, height)
+    argmax = tl.min(tl.min(tl.where(four == top, columns, 2147483647), 1), 0)
     log_sum = tl.log(row_sum)
     is_whole = (row_sum > 0) & (row_sum < float("inf"))
     nan = float("nan")

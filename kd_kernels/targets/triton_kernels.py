@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    LARGEST_KEY, LOWEST, finite_or_zero, keys_of, load_block, load_candidates,
+    LARGEST_KEY, LOWEST, exp, finite_or_zero, keys_of, load_block, load_candidates,
 )
 
 INFINITE = tl.constexpr(-1)
@@ -40,14 +40,15 @@ def group_kernel(
     first = tl.program_id(0) % n_blocks * (BLOCK // GROUP)
     o_g = first + tl.arange(0, BLOCK // GROUP)
     o_v = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    z = load_block(raw_ptr + row * stride, bias_ptr, has_bias, o_v, n_columns, n_readable, factor, height)
+    end = first * GROUP + BLOCK
+    z = load_block(raw_ptr + row * stride, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height)
     maximum = tl.max(z, 1)
     below = z - finite_or_zero(maximum)[:, None]
     tl.store(maxima_ptr + row * n_groups + o_g, maximum, mask=o_g < n_groups)
     sums_row = sums_ptr + row * (1 + n_further) * n_groups
-    tl.store(sums_row + o_g, tl.sum(tl.exp(below), 1), mask=o_g < n_groups)
+    tl.store(sums_row + o_g, tl.sum(exp(below), 1), mask=o_g < n_groups)
     for t in range(0, n_further):
-        tempered = tl.sum(tl.exp(below * tl.load(inverses_ptr + t)), 1)
+        tempered = tl.sum(exp(below * tl.load(inverses_ptr + t)), 1)
         tl.store(sums_row + (t + 1) * n_groups + o_g, tempered, mask=o_g < n_groups)
 
 
@@ -123,11 +124,11 @@ def select(
             tl.store(values_ptr + place, tl.where(z == 0, 0.0, z), mask=is_kept)  # no -0: a sort might put it below 0
         below = tl.where(is_kept, -float("inf"), z - reference)
         higher = tl.maximum(peak, below)
-        peak, total = higher, total * tl.exp(peak - higher) + weight * tl.exp(below - higher)
+        peak, total = higher, total * exp(peak - higher) + weight * exp(below - higher)
         above_before += tl.sum(is_above.to(tl.int32), 0)
         between_before += tl.sum(is_between.to(tl.int32), 0)
     top = tl.max(peak, 0)
-    return top, tl.sum(total * tl.exp(peak - top), 0)
+    return top, tl.sum(total * exp(peak - top), 0)
 
 
 @triton.jit(do_not_specialize=["n_further", "k"])
@@ -155,7 +156,7 @@ def select_groups_kernel(
     for begin in range(0, n_groups, BLOCK):
         o_g = begin + o_b
         below = tl.load(maxima_row + o_g, mask=o_g < n_groups, other=-float("inf")) - reference
-        sums += tl.load(sums_row + o_g, mask=o_g < n_groups, other=0.0) * tl.exp(below)
+        sums += tl.load(sums_row + o_g, mask=o_g < n_groups, other=0.0) * exp(below)
     total = tl.sum(sums, 0)
     tail_peak, tail_total = select(
         maxima_row, maxima_row, 0, groups_ptr, sums_row, n_groups, n_groups, 1.0, 0.0, k, reference,
@@ -173,7 +174,7 @@ def select_groups_kernel(
             o_g = begin + o_b
             below = tl.load(maxima_row + o_g, mask=o_g < n_groups, other=-float("inf")) - reference
             tempered = tl.load(sums_row + (t + 1) * n_groups + o_g, mask=o_g < n_groups, other=0.0)
-            sums += tempered * tl.exp(below * inverse)
+            sums += tempered * exp(below * inverse)
         tl.store(log_z_ptr + row * n_further + t, tl.log(tl.sum(sums, 0)) - tl.log(total) * inverse)
 
 
@@ -221,7 +222,7 @@ def write_targets_kernel(
     count, mass_before = tl.full([], 0, tl.int32), tl.full([], 0.0, tl.float32)
     for begin in range(0, k, BLOCK):
         z = tl.load(values_row + begin + o_b, mask=begin + o_b < k, other=-float("inf"))
-        p = tl.exp((z - reference) - log_sum)
+        p = exp((z - reference) - log_sum)
         reached = mass_before + (tl.cumsum(p, 0) - p)
         count += tl.sum(((z > -float("inf")) & (reached < mass)).to(tl.int32), 0)
         mass_before += tl.sum(p, 0)
@@ -236,12 +237,12 @@ def write_targets_kernel(
         tl.store(logprobs_ptr + row * k + o_k, below - log_sum, mask=o_k < k)
         below = tl.where(o_k < count, -float("inf"), below)
         higher = tl.maximum(peak, below)
-        peak, total = higher, total * tl.exp(peak - higher) + tl.exp(below - higher)
+        peak, total = higher, total * exp(peak - higher) + exp(below - higher)
     cut = tl.max(peak, 0)
     of_groups, of_candidates = tl.load(state_row + 2), tl.load(state_row + 4)
     top = tl.maximum(cut, tl.maximum(of_groups, of_candidates))
-    tail = tl.sum(total * tl.exp(peak - top), 0)
-    tail += tl.load(state_row + 3) * tl.exp(of_groups - top) + tl.load(state_row + 5) * tl.exp(of_candidates - top)
+    tail = tl.sum(total * exp(peak - top), 0)
+    tail += tl.load(state_row + 3) * exp(of_groups - top) + tl.load(state_row + 5) * exp(of_candidates - top)
     tl.store(tail_ptr + row, tl.minimum((top + tl.log(tail)) - log_sum, 0.0))
     fault = tl.where(sum_all == 0, 0, tl.where(largest == float("inf"), INFINITE, NOT_A_NUMBER))
     tl.store(counts_ptr + row, tl.where((sum_all > 0) & (sum_all < float("inf")), count, fault).to(tl.int64))
