@@ -20,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,27 +77,35 @@ def _constexpr(detail: Any) -> Any:
     return detail
 
 
-def _compile(each: Specialisation, is_main: bool) -> Compiled:
+def build(each: Specialisation, known: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Triton's compiled kernel. Arguments in ``known`` are compiled in as these values, as if they were constexpr."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module, _, name = each.kernel.partition(":")
     backend = launches.backend_of(each.target)
+    fixed = {a.name: known.get(a.name, _constexpr(a.detail)) for a in each.arguments
+             if a.type == "constexpr" or a.name in known}
     source = ASTSource(
         fn=getattr(importlib.import_module(module), name),
-        signature={a.name: a.type for a in each.arguments},
-        constexprs={(i,): _constexpr(a.detail) for i, a in enumerate(each.arguments) if a.type == "constexpr"},
+        signature={a.name: "constexpr" if a.name in fixed else a.type for a in each.arguments},
+        constexprs={(i,): fixed[a.name] for i, a in enumerate(each.arguments) if a.name in fixed},
         attrs={
             (i,): backend.parse_attr(a.detail)
-            for i, a in enumerate(each.arguments) if a.type != "constexpr" and isinstance(a.detail, str)
+            for i, a in enumerate(each.arguments) if a.name not in fixed and isinstance(a.detail, str)
         },
     )
+    return triton.compile(source, target=GPUTarget(*TARGETS[each.target]), options=dict(each.options))
+
+
+def _compile(each: Specialisation, is_main: bool) -> Compiled:
     log = io.StringIO()
+    name = each.kernel.partition(":")[2]
     known = dict(kernel=name, target=each.target, arguments=str(each), is_main=is_main)
     try:
         with contextlib.redirect_stdout(log):  # ptxas writes there what it used
-            made = triton.compile(source, target=GPUTarget(*TARGETS[each.target]), options=dict(each.options))
+            made = build(each)
     except Exception as error:  # noqa: BLE001 - whatever a compiler throws is a result here
         return Compiled(**known, error=f"{type(error).__name__}: {error}"[:2000])
     numbers = _nvidia(made.asm["ptx"], log.getvalue()) if "ptx" in made.asm else _amd(made.asm["amdgcn"])

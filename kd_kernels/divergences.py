@@ -5,11 +5,10 @@ vocabulary of ``f(log p, log q)``, and all that a kernel needs of it are two sca
 With ``G = sum_v g`` the gradient with respect to a student logit is ``(g - q G) / temperature``.
 
 Each formula is one straight-line function below, in a tiny vocabulary: arithmetic, comparisons, ``tl.exp``, the cheaper
-``tl.exp_fall`` for what is not above 0, ``tl.log``, ``tl.abs``, ``tl.where``, and what is in :data:`HELPERS`. From that
-one text come the Triton device function (:func:`triton_terms`), the torch code of the reference backend
-(:func:`torch_terms`) and the C++ struct in ``csrc/include/kd/terms.h`` (printed by ``kd_kernels/generate_terms.py``). A
-masked column has ``log p = -inf`` or ``log q = -inf``: the guards keep ``0 * inf`` out, so that a column that neither
-model has adds nothing.
+``tl.exp_fall`` for what is not above 0, ``tl.log``, ``tl.abs``, ``tl.where``. From that one text come the Triton device
+function (:func:`triton_terms`), the torch code of the reference backend (:func:`torch_terms`) and the C++ struct in
+``csrc/include/kd/terms.h`` (printed by ``kd_kernels/generate_terms.py``). A masked column has ``log p = -inf`` or
+``log q = -inf``: the guards keep ``0 * inf`` out, so that a column that neither model has adds nothing.
 
 To add one: a function and a factory here, an oracle in ``tests/oracles.py``, then
 ``python -m kd_kernels.generate_terms``.
@@ -56,48 +55,52 @@ def _reverse_kl(logp, logq):
     return f, f + q
 
 
-def _log_mixture(logp, logq, weight):
-    # log m - log max(p, q) of m = weight p + (1 - weight) q, from the gap alone. Where p is near q it is near 0, and so
-    # are its errors; log m itself would have those of a number as large as log p, in a difference that is small.
-    fall = tl.exp_fall(-tl.abs(logq - logp))
-    return tl.log(tl.where(logq > logp, (1.0 - weight) + weight * fall, weight + (1.0 - weight) * fall))
+# A mixture m = weight p + (1 - weight) q is taken relative to the larger of p and q. Where they are near each other,
+# what is left of log p - log m is then small, and so are its errors; log m itself has those of a number as large.
 
 
 def _jsd(logp, logq, beta):
-    p = tl.exp_fall(logp)
-    q = tl.exp_fall(logq)
     top = tl.where(logq > logp, logq, logp)
-    rest = _log_mixture(logp, logq, beta)
-    from_p = tl.where(p > 0, p * ((logp - top) - rest), 0.0)
-    from_q = tl.where(q > 0, q * ((logq - top) - rest), 0.0)
+    fall_p = tl.exp_fall(logp - top)
+    fall_q = tl.exp_fall(logq - top)
+    larger = tl.exp_fall(top)
+    log_m = tl.log(beta * fall_p + (1.0 - beta) * fall_q)
+    p = larger * fall_p
+    q = larger * fall_q
+    from_p = tl.where(p > 0, p * ((logp - top) - log_m), 0.0)
+    from_q = tl.where(q > 0, q * ((logq - top) - log_m), 0.0)
     return beta * from_p + (1.0 - beta) * from_q, (1.0 - beta) * from_q
 
 
 def _skew_forward_kl(logp, logq, alpha):
-    p = tl.exp_fall(logp)
-    q = tl.exp_fall(logq)
-    m = alpha * p + (1.0 - alpha) * q
     top = tl.where(logq > logp, logq, logp)
-    f = tl.where(p > 0, p * ((logp - top) - _log_mixture(logp, logq, alpha)), 0.0)
-    g = tl.where(m > 0, (alpha - 1.0) * p * (q / m), 0.0)
+    fall_p = tl.exp_fall(logp - top)
+    fall_q = tl.exp_fall(logq - top)
+    m = alpha * fall_p + (1.0 - alpha) * fall_q
+    p = tl.exp_fall(top) * fall_p
+    f = tl.where(p > 0, p * ((logp - top) - tl.log(m)), 0.0)
+    g = tl.where(p > 0, (alpha - 1.0) * p * (fall_q / m), 0.0)
     return f, g
 
 
 def _skew_reverse_kl(logp, logq, alpha):
-    p = tl.exp_fall(logp)
-    q = tl.exp_fall(logq)
-    m = (1.0 - alpha) * p + alpha * q
     top = tl.where(logq > logp, logq, logp)
-    f = tl.where(q > 0, q * ((logq - top) - _log_mixture(logp, logq, 1.0 - alpha)), 0.0)
-    g = tl.where(q > 0, f + q * (1.0 - alpha * (q / m)), 0.0)
+    fall_p = tl.exp_fall(logp - top)
+    fall_q = tl.exp_fall(logq - top)
+    m = (1.0 - alpha) * fall_p + alpha * fall_q
+    q = tl.exp_fall(top) * fall_q
+    f = tl.where(q > 0, q * ((logq - top) - tl.log(m)), 0.0)
+    g = tl.where(q > 0, f + q * (1.0 - alpha * (fall_q / m)), 0.0)
     return f, g
 
 
 def _skew_reverse_kl_detached(logp, logq, alpha):
-    q = tl.exp_fall(logq)
     top = tl.where(logq > logp, logq, logp)
-    f = tl.where(q > 0, q * ((logq - top) - _log_mixture(logp, logq, 1.0 - alpha)), 0.0)
-    return f, f + q
+    fall_q = tl.exp_fall(logq - top)
+    m = (1.0 - alpha) * tl.exp_fall(logp - top) + alpha * fall_q
+    q = tl.exp_fall(top) * fall_q
+    f = tl.where(q > 0, q * ((logq - top) - tl.log(m)), 0.0)
+    return f, tl.where(q > 0, f + q, 0.0)
 
 
 def _jeffreys(logp, logq, weight):
@@ -132,7 +135,8 @@ def _alpha(logp, logq, alpha):
 
 def _alpha_beta(logp, logq, alpha, beta):
     both = alpha + beta
-    present = tl.exp_fall(logp) + tl.exp_fall(logq) > 0
+    # Minus 1e30 stands for -inf.
+    present = tl.where(logq > logp, logq, logp) > -1e30
     mixed = tl.where(present, tl.exp(alpha * logp + beta * logq), 0.0)
     only_p = tl.where(present, tl.exp(both * logp), 0.0)
     only_q = tl.where(present, tl.exp(both * logq), 0.0)
@@ -329,9 +333,6 @@ FORMULAS: tuple[Callable[..., tuple[Any, Any]], ...] = (
 )
 """Every formula that compiled backends carry, in the order of their numbers there."""
 
-HELPERS: tuple[Callable[..., Any], ...] = (_log_mixture,)
-"""What formulas may call, written as they are."""
-
 _CUSTOM: dict[str, Divergence] = {}
 
 
@@ -419,15 +420,14 @@ def torch_terms(divergence: Divergence) -> Callable[[Tensor, Tensor], tuple[Tens
 def triton_terms(kernel: str) -> Any:
     """The formula named ``kernel`` as a Triton device function ``(logp, logq, *params) -> (f, g)``.
 
-    The code object is the one above; only the names in it are bound anew.
+    The code object is the one above; only the name ``tl`` in it is bound anew.
     """
     import triton
     import triton.language
 
     from kd_kernels import triton_formulas
 
-    # The interpreter looks for Triton's own language among a function's globals.
-    names: dict[str, Any] = {"__name__": __name__, "tl": triton_formulas, "language": triton.language}
-    bound = lambda f: triton.jit(types.FunctionType(f.__code__, names, f.__name__))  # noqa: E731
-    names |= {helper.__name__: bound(helper) for helper in HELPERS}
-    return bound(next(f for f in FORMULAS if f.__name__ == f"_{kernel}"))
+    formula = next(f for f in FORMULAS if f.__name__ == f"_{kernel}")
+    # Triton's interpreter looks for its own language among a function's globals.
+    names = {"__name__": __name__, "tl": triton_formulas, "language": triton.language}
+    return triton.jit(types.FunctionType(formula.__code__, names, formula.__name__))

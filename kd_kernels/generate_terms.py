@@ -10,11 +10,9 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from kd_kernels.divergences import FORMULAS, HELPERS
+from kd_kernels.divergences import FORMULAS
 
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "include" / "kd" / "terms.h"
 
@@ -60,17 +58,15 @@ def _expression(node: ast.AST) -> str:
             return f"{_expression(left)} {_COMPARISONS[type(op)]} {_expression(right)}"
         case ast.Call(func=ast.Attribute(value=ast.Name(id="tl"), attr=name), args=args) if name in _FUNCTIONS:
             return f"{name}({', '.join(_expression(arg) for arg in args)})"
-        case ast.Call(func=ast.Name(id=name), args=args) if name in (helper.__name__ for helper in HELPERS):
-            return f"{name.lstrip('_')}({', '.join(_expression(arg) for arg in args)})"
     raise SyntaxError(
         f"generate_terms: line {node.lineno} of the formula is outside the vocabulary: {ast.unparse(node)}"
     )
 
 
-def _parts(function: Callable[..., Any]) -> tuple[list[str], list[str], ast.expr]:
-    """The names that it takes, its assignments in C++, and what it returns."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+def _struct(formula) -> str:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(formula))).body[0]
     assert isinstance(tree, ast.FunctionDef)
+    params = [argument.arg for argument in tree.args.args[2:]]
     lines = []
     for statement in tree.body:
         match statement:
@@ -78,28 +74,14 @@ def _parts(function: Callable[..., Any]) -> tuple[list[str], list[str], ast.expr
                 lines.append(f"const auto {name} = {_expression(value)};")
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 lines.append(f"const T {name} = {_expression(value)};")
-            case ast.Return(value=ast.expr() as value):
-                return [argument.arg for argument in tree.args.args], lines, value
+            case ast.Return(value=ast.Tuple(elts=[f, g])):
+                lines.append(f"out_f = {_expression(f)};")
+                lines.append(f"out_g = {_expression(g)};")
             case _:
-                raise SyntaxError(f"generate_terms: not an assignment or a result: {ast.unparse(statement)}")
-    raise SyntaxError(f"generate_terms: {function.__name__} returns nothing")
-
-
-def _helper(helper: Callable[..., Any]) -> str:
-    names, lines, value = _parts(helper)
-    body = textwrap.indent("\n".join([*lines, f"return {_expression(value)};"]), "  ")
-    arguments = ", ".join(f"const T {name}" for name in names)
-    return f"\ntemplate <class T>\nKD_FORMULA T {helper.__name__.lstrip('_')}({arguments}) {{\n{body}\n}}\n"
-
-
-def _struct(formula: Callable[..., Any]) -> str:
-    names, lines, value = _parts(formula)
-    if not (isinstance(value, ast.Tuple) and len(value.elts) == 2):
-        raise SyntaxError(f"generate_terms: {formula.__name__} must return a pair, got {ast.unparse(value)}")
-    loads = [f"const T {param} = splat<T>(params[{i}]);" for i, param in enumerate(names[2:])]
-    results = [f"{out} = {_expression(each)};" for out, each in zip(("out_f", "out_g"), value.elts)]
-    body = textwrap.indent("\n".join(loads + lines + results), "    ")
+                raise SyntaxError(f"generate_terms: not an assignment or a pair: {ast.unparse(statement)}")
     name = "".join(part.capitalize() for part in formula.__name__.split("_"))
+    loads = [f"const T {param} = splat<T>(params[{i}]);" for i, param in enumerate(params)]
+    body = textwrap.indent("\n".join(loads + lines), "    ")
     return (
         f"\nstruct {name} {{\n"
         f'  static constexpr const char* name = "{formula.__name__.lstrip("_")}";\n'
@@ -116,8 +98,7 @@ def render() -> str:
     table = "\n// Calls `visit(Formula{})` for every formula, in the order of their numbers.\n"
     table += "#define KD_FOR_EACH_FORMULA(visit) \\\n"
     table += " \\\n".join(f"  visit({name})" for name in names) + "\n"
-    functions = "".join(map(_helper, HELPERS)) + "".join(map(_struct, FORMULAS))
-    return _PREAMBLE + functions + table + _EPILOGUE
+    return _PREAMBLE + "".join(_struct(formula) for formula in FORMULAS) + table + _EPILOGUE
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The vocabulary of the formulas in ``divergences.py`` as Triton device functions. The compiler's own ``exp`` and ``log``
-take more instructions than a walk has time for while it reads its logits.
+"""The vocabulary of the formulas in ``divergences.py`` as Triton device functions. The compiler's own exponential and
+logarithm take more instructions than a walk has time for while it reads logits.
 """
 
 import triton

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Stands for "no logit yet": the least number of fp32, so that it is above no logit, and a difference from it is no
-NaN. A logit of just this number, with which models mask, counts as any other."""
+"""Is subtracted where there is no logit yet: the least number of fp32, so that it is above no logit, and a difference
+from it is no NaN. A logit of just this number, with which models mask, counts as any other."""
 
 LEAST_KEY = tl.constexpr(-2147483648)
 LARGEST_KEY = tl.constexpr(2147483647)
@@ -98,22 +98,34 @@ def load_block(raw_ptr, bias_ptr, has_bias, o_v, end, n_columns, n_readable, fac
 
 
 @triton.jit
-def add_to_normaliser(z, peak, total):
-    """Take up a block of logits ``[B]``: ``peak`` ``[B / 4]`` is the largest so far of four neighbours, which one lane
-    holds, ``total`` ``[B / 4, 4]`` the sum of each one's ``exp(z - peak)``."""
+def add_to_normaliser(z, best, total):
+    """Take up a block of logits ``[B]``: ``best`` ``[B / 4]`` is the largest so far of four neighbours, which one lane
+    holds, ``total`` ``[B / 4, 4]`` the sum of each one's ``exp(z - best)``."""
     four = tl.reshape(z, total.shape)
-    higher = tl.maximum(peak, tl.max(four, 1))
-    return higher, total * exp(peak - higher)[:, None] + exp(four - higher[:, None])
+    higher = tl.maximum(best, tl.max(four, 1))
+    peak = tl.maximum(higher, LOWEST)
+    return higher, total * exp(tl.maximum(best, LOWEST) - peak)[:, None] + exp(four - peak[:, None])
 
 
 @triton.jit
-def join_normaliser(peak, total):
+def join_normaliser(best, total):
     """Over the lanes: the row's maximum, and its sum of ``exp(z - max)``, which is NaN where a logit was NaN or +inf.
 
     In fp64, once a row: every log-probability of the row shares the error of this sum.
     """
-    top = tl.max(peak, 0)
-    return top, tl.sum(tl.sum((total * exp(peak - top)[:, None]).to(tl.float64), 1), 0).to(tl.float32)
+    top = tl.max(best, 0)
+    parts = total * exp(best - tl.maximum(top, LOWEST))[:, None]
+    return top, tl.sum(tl.sum(parts.to(tl.float64), 1), 0).to(tl.float32)
+
+
+@triton.jit
+def argmax_of(row_ptr, bias_ptr, has_bias, best_begin, top, n_columns, factor, height):
+    """The first column whose logit is ``top``. ``best_begin`` ``[B / 4]``: where the block begins in which each lane
+    saw its largest first. That is all a walk keeps; the four logits that the lane had there are read again."""
+    o_q = tl.arange(0, best_begin.shape[0])
+    columns = (best_begin + 4 * o_q)[:, None] + tl.arange(0, 4)[None, :]
+    four = load_logits(row_ptr, bias_ptr, has_bias, columns, columns < n_columns, factor, height)
+    return tl.min(tl.min(tl.where(four == top, columns, 2147483647), 1), 0)
 
 
 @triton.jit
@@ -125,7 +137,7 @@ def join_argmax(best, best_id):
 @triton.jit
 def p_log_p(logp):
     """``p log p``, 0 where p is 0."""
-    return tl.where(logp > -1e30, exp(logp) * logp, 0.0)
+    return exp(logp) * tl.maximum(logp, -1e30)
 
 
 @triton.jit

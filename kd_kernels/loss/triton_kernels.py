@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    LOWEST, add_to_normaliser, exp, fold, join_normaliser, load_block, load_logits, load_raw, logits_of,
+    add_to_normaliser, argmax_of, exp, fold, join_normaliser, load_block, load_logits, load_raw, logits_of,
     p_log_p,
 )
 
@@ -43,12 +43,6 @@ def apply_terms(logp, logq, first_param, second_param, TERMS: tl.constexpr, N_PA
     else:
         f, g = TERMS(logp, logq, first_param, second_param)
     return f, g
-
-
-@triton.jit
-def first_where(holds, o_v):
-    """The least of four neighbours' ids for which it holds."""
-    return tl.min(tl.reshape(tl.where(holds, o_v, 2147483647), [o_v.shape[0] // 4, 4]), 1)
 
 
 @triton.jit
@@ -178,12 +172,18 @@ def dense_rows_kernel(
         )
     else:
         o_b = tl.arange(0, BLOCK)
-        n_blocks = tl.cdiv(n_columns, BLOCK)
         label, status = read_label(labels_ptr, row, has_labels, n_columns)
+        # Before the sums that all wait for: a gradient may take this logit's place.
+        at_label = tl.maximum(label, 0)
+        z_label = load_logits(
+            student_row, student_bias_ptr, student_has_bias, at_label, label >= 0, student_factor, student_height
+        )
 
         # First walk: normalisers.
-        q_peak, p_peak = tl.full([BLOCK // 4], LOWEST, tl.float32), tl.full([BLOCK // 4], LOWEST, tl.float32)
+        q_best = tl.full([BLOCK // 4], -float("inf"), tl.float32)
+        p_best = tl.full([BLOCK // 4], -float("inf"), tl.float32)
         q_total, p_total = tl.zeros([BLOCK // 4, 4], tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
+        q_begin, p_begin = tl.zeros([BLOCK // 4], tl.int32), tl.zeros([BLOCK // 4], tl.int32)
         for begin in range(0, n_columns, BLOCK):
             o_v, end = begin + o_b, begin + BLOCK
             z = load_block(
@@ -194,19 +194,28 @@ def dense_rows_kernel(
                 teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
                 teacher_height,
             )
-            q_peak, q_total = add_to_normaliser(z, q_peak, q_total)
-            p_peak, p_total = add_to_normaliser(y, p_peak, p_total)
-        q_max, q_sum = join_normaliser(q_peak, q_total)
-        p_max, p_sum = join_normaliser(p_peak, p_total)
+            q_higher, q_total = add_to_normaliser(z, q_best, q_total)
+            p_higher, p_total = add_to_normaliser(y, p_best, p_total)
+            if HAS_STATS:
+                q_begin = tl.where(q_higher > q_best, begin, q_begin)
+                p_begin = tl.where(p_higher > p_best, begin, p_begin)
+            q_best, p_best = q_higher, p_higher
+        q_max, q_sum = join_normaliser(q_best, q_total)
+        p_max, p_sum = join_normaliser(p_best, p_total)
         q_log_sum, p_log_sum = tl.log(q_sum), tl.log(p_sum)
         status |= tl.where((q_sum > 0) & (q_sum < float("inf")), 0, BAD_STUDENT)
         status |= tl.where((p_sum > 0) & (p_sum < float("inf")), 0, BAD_TEACHER)
         weight = tl.where(status == 0, weight, nan)
 
-        at_label = tl.maximum(label, 0)
-        z_label = load_logits(
-            student_row, student_bias_ptr, student_has_bias, at_label, label >= 0, student_factor, student_height
-        )
+        if HAS_STATS:
+            student_top1 = argmax_of(
+                student_row, student_bias_ptr, student_has_bias, q_begin, q_max, n_columns, student_factor,
+                student_height,
+            )
+            teacher_top1 = argmax_of(
+                teacher_row, teacher_bias_ptr, teacher_has_bias, p_begin, p_max, n_columns, teacher_factor,
+                teacher_height,
+            )
         ce = tl.where(label >= 0, ce_weight, 0.0)
         kd_slope, ce_slope = kd_weight / temperature * student_scale * weight, ce * student_scale * weight
 
@@ -214,7 +223,6 @@ def dense_rows_kernel(
         f_lanes, g_lanes = tl.zeros([BLOCK // 4], tl.float32), tl.zeros([BLOCK // 4], tl.float32)
         q_log_q, p_log_p_lanes = tl.zeros([BLOCK // 4], tl.float32), tl.zeros([BLOCK // 4], tl.float32)
         untempered = tl.zeros([BLOCK // 4], tl.float32)
-        q_ids, p_ids = tl.full([BLOCK // 4], 2147483647, tl.int32), tl.full([BLOCK // 4], 2147483647, tl.int32)
         n_blocks = tl.cdiv(n_columns, BLOCK)
         for i in range(0, n_blocks):
             # The gradient may be narrower than the logits it replaces: write behind the reads.
@@ -237,8 +245,6 @@ def dense_rows_kernel(
             if temperature != 1.0:
                 untempered += fold(exp((z - q_max) * temperature))
             if HAS_STATS:
-                q_ids = tl.minimum(q_ids, first_where(z == q_max, o_v))
-                p_ids = tl.minimum(p_ids, first_where(y == p_max, o_v))
                 q_log_q += fold(p_log_p(logq))
                 p_log_p_lanes += fold(p_log_p(logp))
             if KNOWS_G and HAS_GRADIENT:
@@ -261,7 +267,6 @@ def dense_rows_kernel(
         tl.store(loss_ptr + row, tl.where(status == 0, loss, nan).to(tl.float64))
         tl.store(status_ptr + row, status)
         if HAS_STATS:
-            student_top1, teacher_top1 = tl.min(q_ids, 0), tl.min(p_ids, 0)
             y_label = load_logits(
                 teacher_row, teacher_bias_ptr, teacher_has_bias, at_label, label >= 0, teacher_factor, teacher_height
             )
@@ -373,26 +378,33 @@ def sparse_rows_kernel(
         status |= tl.where(tl.sum(outside + repeated, 0) > 0, BAD_IDS, 0)
 
         # The tail's normaliser, and that of the kept ids.
-        peak, total = tl.full([BLOCK // 4], LOWEST, tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
+        best, total = tl.full([BLOCK // 4], -float("inf"), tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
+        best_begin = tl.zeros([BLOCK // 4], tl.int32)
         for begin in range(0, n_columns, BLOCK):
             z, _ = load_tail(
                 student_row, bias_ptr, has_bias, begin + o_b, begin + BLOCK, n_columns, n_readable, factor, height
             )
-            peak, total = add_to_normaliser(z, peak, total)
-        tail_max, tail_sum = join_normaliser(peak, total)
-        kept_peak, kept_total = tl.full([ENTRIES // 4], LOWEST, tl.float32), tl.zeros([ENTRIES // 4, 4], tl.float32)
+            higher, total = add_to_normaliser(z, best, total)
+            if HAS_STATS:
+                best_begin = tl.where(higher > best, begin, best_begin)
+            best = higher
+        tail_max, tail_sum = join_normaliser(best, total)
+        if HAS_STATS:
+            tail_top1 = argmax_of(student_row, bias_ptr, has_bias, best_begin, tail_max, n_columns, factor, height)
+        kept_best = tl.full([ENTRIES // 4], -float("inf"), tl.float32)
+        kept_total = tl.zeros([ENTRIES // 4, 4], tl.float32)
         mass, wrong = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.int32)
         for begin in range(first, last, ENTRIES):
             o_k = begin + o_e
             z = tl.load(kept_ptr + o_k, mask=o_k < last, other=-float("inf"))
             logp = tl.load(logprobs_ptr + o_k, mask=o_k < last, other=-float("inf"))
-            kept_peak, kept_total = add_to_normaliser(z, kept_peak, kept_total)
+            kept_best, kept_total = add_to_normaliser(z, kept_best, kept_total)
             mass += exp(logp)
             wrong |= tl.where(logp <= LARGEST_LOGPROB, 0, BAD_TEACHER)
             if has_importance:
                 importance = tl.load(importance_ptr + o_k, mask=o_k < last, other=0.0)
                 wrong |= tl.where((importance >= 0) & (importance < float("inf")), 0, BAD_IMPORTANCE)
-        kept_max, kept_sum = join_normaliser(kept_peak, kept_total)
+        kept_max, kept_sum = join_normaliser(kept_best, kept_total)
         q_max = tl.maximum(tail_max, kept_max)
         tail_sum = tl.where(tail_sum == 0, 0.0, tail_sum * exp(tail_max - q_max))
         kept_sum = tl.where(kept_sum == 0, 0.0, kept_sum * exp(kept_max - q_max))
@@ -460,7 +472,6 @@ def sparse_rows_kernel(
         q_slope, untempered_slope = ce_slopes_of(ce_slope, temperature, untempered_total)
         q_slope += tl.where(kd_weight != 0, spread * kd_slope, 0.0)
         q_log_q = tl.zeros([BLOCK // 4], tl.float32)
-        q_ids = tl.full([BLOCK // 4], 2147483647, tl.int32)
         if HAS_GRADIENT or HAS_STATS:
             for block in range(0, tl.cdiv(n_columns, BLOCK)):
                 o_v, end = block * BLOCK + o_b, block * BLOCK + BLOCK
@@ -470,7 +481,6 @@ def sparse_rows_kernel(
                 logq = (z - q_max) - q_log_sum
                 if HAS_STATS:
                     q_log_q += fold(p_log_p(logq))
-                    q_ids = tl.minimum(q_ids, first_where(z == q_max, o_v))
                 if HAS_GRADIENT:
                     slot = exp(logq) * q_slope
                     if temperature != 1.0:
@@ -513,7 +523,8 @@ def sparse_rows_kernel(
                 label_logp += tl.where(here & (ids == label), given, 0.0)
                 has_label_logp += (here & (ids == label)).to(tl.int32)
         if HAS_STATS:
-            student_top1 = tl.minimum(tl.min(top_kept_id, 0), tl.min(q_ids, 0).to(tl.int64))
+            tail_top1 = tl.where(tail_max == q_max, tail_top1, 2147483647).to(tl.int64)
+            student_top1 = tl.minimum(tl.min(top_kept_id, 0), tail_top1)
             top_logp = tl.max(best_logp, 0)
             teacher_top1 = tl.min(tl.where(best_logp == top_logp, best_logp_id, 2147483647), 0)
             teacher_top1 = tl.where(last > first, teacher_top1, -1)

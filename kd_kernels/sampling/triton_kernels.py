@@ -69,7 +69,7 @@ def store_groups(
         total = add_by_halves(exp(below * inverse))
     tl.store(race_sums_ptr + at, total, mask=mask)
     if STATS:
-        weighted = tl.sum(tl.where(below > -1e30, share * below, 0.0), 1)
+        weighted = tl.sum(share * tl.maximum(below, -1e30), 1)
         tl.store(weighted_ptr + at, weighted, mask=mask)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kd_kernels.triton_rows import LOWEST, exp, load_block, load_logits
+from kd_kernels.triton_rows import LOWEST, argmax_of, exp, load_block, load_logits
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def token_stats_kernel(
     exists = (token >= 0) & (token < n_columns)
     z_id = load_logits(raw_row, bias_ptr, has_bias, tl.where(exists, token, 0), exists, factor, height)
 
-    o_b, o_q, o_four = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 4), tl.arange(0, 4)
+    o_b = tl.arange(0, BLOCK)
     best, best_begin = tl.full([BLOCK // 4], -float("inf"), tl.float32), tl.zeros([BLOCK // 4], tl.int32)
     total, weighted = tl.zeros([BLOCK // 4, 4], tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
     before = tl.zeros([BLOCK // 4], tl.int32)
@@ -77,10 +77,7 @@ def token_stats_kernel(
         best, total, weighted = add_to_entropy(four, highest, best, total, weighted)
 
     top, row_sum, row_weighted = join_entropy(best, total, weighted)
-    # Of each lane only the block that has its largest is known: its four logits there are read again.
-    columns = (best_begin + 4 * o_q)[:, None] + o_four[None, :]
-    four = load_logits(raw_row, bias_ptr, has_bias, columns, columns < n_columns, factor, height)
-    argmax = tl.min(tl.min(tl.where(four == top, columns, 2147483647), 1), 0)
+    argmax = argmax_of(raw_row, bias_ptr, has_bias, best_begin, top, n_columns, factor, height)
     log_sum = tl.log(row_sum)
     is_whole = (row_sum > 0) & (row_sum < float("inf"))
     nan = float("nan")

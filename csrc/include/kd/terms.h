@@ -13,12 +13,6 @@
 namespace kd {
 namespace KD_ISA {
 
-template <class T>
-KD_FORMULA T log_mixture(const T logp, const T logq, const T weight) {
-  const T fall = exp_fall(-abs((logq - logp)));
-  return log(where(logq > logp, ((splat<T>(1.0) - weight) + (weight * fall)), (weight + ((splat<T>(1.0) - weight) * fall))));
-}
-
 struct ForwardKl {
   static constexpr const char* name = "forward_kl";
   template <class T>
@@ -49,12 +43,15 @@ struct Jsd {
   KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T beta = splat<T>(params[0]);
-    const T p = exp_fall(logp);
-    const T q = exp_fall(logq);
     const T top = where(logq > logp, logq, logp);
-    const T rest = log_mixture(logp, logq, beta);
-    const T from_p = where(p > splat<T>(0.0), (p * ((logp - top) - rest)), splat<T>(0.0));
-    const T from_q = where(q > splat<T>(0.0), (q * ((logq - top) - rest)), splat<T>(0.0));
+    const T fall_p = exp_fall((logp - top));
+    const T fall_q = exp_fall((logq - top));
+    const T larger = exp_fall(top);
+    const T log_m = log(((beta * fall_p) + ((splat<T>(1.0) - beta) * fall_q)));
+    const T p = (larger * fall_p);
+    const T q = (larger * fall_q);
+    const T from_p = where(p > splat<T>(0.0), (p * ((logp - top) - log_m)), splat<T>(0.0));
+    const T from_q = where(q > splat<T>(0.0), (q * ((logq - top) - log_m)), splat<T>(0.0));
     out_f = ((beta * from_p) + ((splat<T>(1.0) - beta) * from_q));
     out_g = ((splat<T>(1.0) - beta) * from_q);
   }
@@ -66,12 +63,13 @@ struct SkewForwardKl {
   KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T alpha = splat<T>(params[0]);
-    const T p = exp_fall(logp);
-    const T q = exp_fall(logq);
-    const T m = ((alpha * p) + ((splat<T>(1.0) - alpha) * q));
     const T top = where(logq > logp, logq, logp);
-    const T f = where(p > splat<T>(0.0), (p * ((logp - top) - log_mixture(logp, logq, alpha))), splat<T>(0.0));
-    const T g = where(m > splat<T>(0.0), (((alpha - splat<T>(1.0)) * p) * (q / m)), splat<T>(0.0));
+    const T fall_p = exp_fall((logp - top));
+    const T fall_q = exp_fall((logq - top));
+    const T m = ((alpha * fall_p) + ((splat<T>(1.0) - alpha) * fall_q));
+    const T p = (exp_fall(top) * fall_p);
+    const T f = where(p > splat<T>(0.0), (p * ((logp - top) - log(m))), splat<T>(0.0));
+    const T g = where(p > splat<T>(0.0), (((alpha - splat<T>(1.0)) * p) * (fall_q / m)), splat<T>(0.0));
     out_f = f;
     out_g = g;
   }
@@ -83,12 +81,13 @@ struct SkewReverseKl {
   KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T alpha = splat<T>(params[0]);
-    const T p = exp_fall(logp);
-    const T q = exp_fall(logq);
-    const T m = (((splat<T>(1.0) - alpha) * p) + (alpha * q));
     const T top = where(logq > logp, logq, logp);
-    const T f = where(q > splat<T>(0.0), (q * ((logq - top) - log_mixture(logp, logq, (splat<T>(1.0) - alpha)))), splat<T>(0.0));
-    const T g = where(q > splat<T>(0.0), (f + (q * (splat<T>(1.0) - (alpha * (q / m))))), splat<T>(0.0));
+    const T fall_p = exp_fall((logp - top));
+    const T fall_q = exp_fall((logq - top));
+    const T m = (((splat<T>(1.0) - alpha) * fall_p) + (alpha * fall_q));
+    const T q = (exp_fall(top) * fall_q);
+    const T f = where(q > splat<T>(0.0), (q * ((logq - top) - log(m))), splat<T>(0.0));
+    const T g = where(q > splat<T>(0.0), (f + (q * (splat<T>(1.0) - (alpha * (fall_q / m))))), splat<T>(0.0));
     out_f = f;
     out_g = g;
   }
@@ -100,11 +99,13 @@ struct SkewReverseKlDetached {
   KD_FORMULA void terms(
       const T logp, const T logq, [[maybe_unused]] const double* params, T& out_f, T& out_g) {
     const T alpha = splat<T>(params[0]);
-    const T q = exp_fall(logq);
     const T top = where(logq > logp, logq, logp);
-    const T f = where(q > splat<T>(0.0), (q * ((logq - top) - log_mixture(logp, logq, (splat<T>(1.0) - alpha)))), splat<T>(0.0));
+    const T fall_q = exp_fall((logq - top));
+    const T m = (((splat<T>(1.0) - alpha) * exp_fall((logp - top))) + (alpha * fall_q));
+    const T q = (exp_fall(top) * fall_q);
+    const T f = where(q > splat<T>(0.0), (q * ((logq - top) - log(m))), splat<T>(0.0));
     out_f = f;
-    out_g = (f + q);
+    out_g = where(q > splat<T>(0.0), (f + q), splat<T>(0.0));
   }
 };
 
@@ -172,7 +173,7 @@ struct AlphaBeta {
     const T alpha = splat<T>(params[0]);
     const T beta = splat<T>(params[1]);
     const T both = (alpha + beta);
-    const auto present = (exp_fall(logp) + exp_fall(logq)) > splat<T>(0.0);
+    const auto present = where(logq > logp, logq, logp) > splat<T>(-1e+30);
     const T mixed = where(present, exp(((alpha * logp) + (beta * logq))), splat<T>(0.0));
     const T only_p = where(present, exp((both * logp)), splat<T>(0.0));
     const T only_q = where(present, exp((both * logq)), splat<T>(0.0));
