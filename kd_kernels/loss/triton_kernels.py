@@ -47,11 +47,10 @@ def apply_terms(logp, logq, first_param, second_param, TERMS: tl.constexpr, N_PA
 
 @triton.jit
 def load_tail(student_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height):
-    """Logits of a sparse row of which the kept ones were taken out: those are -inf. And which they are."""
+    """Logits of a sparse row of which the kept ones were taken out: those are -inf."""
     raw = load_raw(student_row, o_v, end, n_columns, n_readable)
     was_kept = raw.to(tl.int32, bitcast=True) == KEPT
-    z = logits_of(raw, bias_ptr, has_bias, o_v, n_columns, factor, height)
-    return tl.where(was_kept, -float("inf"), z), was_kept
+    return tl.where(was_kept, -float("inf"), logits_of(raw, bias_ptr, has_bias, o_v, n_columns, factor, height))
 
 
 @triton.jit
@@ -89,22 +88,43 @@ def read_label(labels_ptr, row, has_labels, n_columns):
 
 
 @triton.jit
-def finish_gradient(slot, z, o_v, end, n_columns, label, ce, relative, height):
-    """What few blocks need: the label's share, zeros past the row, the slope of a softcap (``relative`` is
-    T / softcap). ``slot`` and ``ce`` include the row's weight and d logit / d raw where there is no softcap."""
-    if (end > n_columns) | ((label < end) & (label >= end - slot.shape[0])):
-        tl.debug_barrier()  # for no wait: without it the compiler makes selects of this branch, in every block
-        slot = tl.where(o_v < n_columns, slot - tl.where(o_v == label, ce, 0.0), 0.0)
-    if height > 0:
-        slot = tl.where(o_v < n_columns, slot * (1.0 - (z * relative) * (z * relative)), 0.0)
-    return slot
-
-
-@triton.jit
 def ce_slopes_of(ce_slope, temperature, untempered_total):
     """What cross-entropy gives each q, and each ``exp((z - max) T)``: it takes the distribution at temperature 1."""
     at_one = temperature == 1.0
     return tl.where(at_one, ce_slope, 0.0), tl.where(at_one, 0.0, ce_slope / untempered_total)
+
+
+@triton.jit
+def under_softcap(slot, z, relative, height):
+    """Times d logit / d raw of a softcap, 1 where there is none. ``relative`` is T / softcap. Past the row, z is
+    -inf."""
+    if height > 0:
+        slot = tl.where(z == -float("inf"), 0.0, slot * (1.0 - (z * relative) * (z * relative)))
+    return slot
+
+
+@triton.jit
+def dense_gradient(
+    z, logq, g, q_max, sum_g, kd_weight, kd_slope, q_slope, untempered_slope, ce_slope, temperature, relative, height,
+):
+    """With respect to the raw logits ``z``, those of one block or the one of the label, whose share is ``ce_slope``.
+    Slopes include the row's weight, and d logit / d raw where there is no softcap."""
+    q = exp(logq)
+    slot = q * q_slope - ce_slope
+    if kd_weight != 0:
+        slot += (g - q * sum_g) * kd_slope
+    if temperature != 1.0:
+        slot += exp((z - q_max) * temperature) * untempered_slope
+    return under_softcap(slot, z, relative, height)
+
+
+@triton.jit
+def tail_gradient(z, logq, q_max, q_slope, untempered_slope, ce_slope, temperature, relative, height):
+    """The same for ids outside the kept set: what each gets is proportional to its q."""
+    slot = exp(logq) * q_slope - ce_slope
+    if temperature != 1.0:
+        slot += exp((z - q_max) * temperature) * untempered_slope
+    return under_softcap(slot, z, relative, height)
 
 
 @triton.jit
@@ -173,10 +193,13 @@ def dense_rows_kernel(
     else:
         o_b = tl.arange(0, BLOCK)
         label, status = read_label(labels_ptr, row, has_labels, n_columns)
-        # Before the sums that all wait for: a gradient may take this logit's place.
+        # Before the sums that all wait for: a gradient may take the logit's place.
         at_label = tl.maximum(label, 0)
         z_label = load_logits(
             student_row, student_bias_ptr, student_has_bias, at_label, label >= 0, student_factor, student_height
+        )
+        y_label = load_logits(
+            teacher_row, teacher_bias_ptr, teacher_has_bias, at_label, label >= 0, teacher_factor, teacher_height
         )
 
         # First walk: normalisers.
@@ -248,12 +271,9 @@ def dense_rows_kernel(
                 q_log_q += fold(p_log_p(logq))
                 p_log_p_lanes += fold(p_log_p(logp))
             if KNOWS_G and HAS_GRADIENT:
-                q = exp(logq)
-                slot = q * ce_slope
-                if kd_weight != 0:
-                    slot += (g - q * total_g) * kd_slope
-                slot = finish_gradient(
-                    slot, z, o_v, end, n_columns, label, ce_slope, student_relative, student_height
+                slot = dense_gradient(
+                    z, logq, g, q_max, total_g, kd_weight, kd_slope, ce_slope, 0.0, 0.0, 1.0, student_relative,
+                    student_height,
                 )
                 wait_for_readers(block, student_ptr, gradient_ptr)
                 tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=o_v < n_readable)
@@ -267,17 +287,16 @@ def dense_rows_kernel(
         tl.store(loss_ptr + row, tl.where(status == 0, loss, nan).to(tl.float64))
         tl.store(status_ptr + row, status)
         if HAS_STATS:
-            y_label = load_logits(
-                teacher_row, teacher_bias_ptr, teacher_has_bias, at_label, label >= 0, teacher_factor, teacher_height
-            )
             teacher_label = tl.where(label >= 0, (y_label - p_max) - p_log_sum, nan)
             store_stats(
                 stats_ptr, row, divergence, -tl.sum(q_log_q, 0), -tl.sum(p_log_p_lanes, 0),
                 student_top1 == teacher_top1,
                 q_sum * 0.0 + 1.0, label_logprob, teacher_label, student_top1, teacher_top1, 1.0 / q_sum, 1.0 / p_sum,
             )
+        q_slope, untempered_slope = ce_slopes_of(ce_slope, temperature, untempered_total)
+        if KNOWS_G:
+            sum_g = total_g
         if HAS_GRADIENT and not KNOWS_G:
-            q_slope, untempered_slope = ce_slopes_of(ce_slope, temperature, untempered_total)
             for block in range(0, n_blocks):
                 o_v, end = block * BLOCK + o_b, block * BLOCK + BLOCK
                 z = load_block(
@@ -290,17 +309,22 @@ def dense_rows_kernel(
                 )
                 logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
                 f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
-                q = exp(logq)
-                slot = q * q_slope
-                if kd_weight != 0:
-                    slot += (g - q * sum_g) * kd_slope
-                if temperature != 1.0:
-                    slot += exp((z - q_max) * temperature) * untempered_slope
-                slot = finish_gradient(
-                    slot, z, o_v, end, n_columns, label, ce_slope, student_relative, student_height
+                slot = dense_gradient(
+                    z, logq, g, q_max, sum_g, kd_weight, kd_slope, q_slope, untempered_slope, 0.0, temperature,
+                    student_relative, student_height,
                 )
                 wait_for_readers(block, student_ptr, gradient_ptr)
                 tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=o_v < n_readable)
+        if HAS_GRADIENT:
+            if label >= 0:  # once more, now with what cross-entropy takes off
+                logq, logp = (z_label - q_max) - q_log_sum, (y_label - p_max) - p_log_sum
+                f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
+                slot = dense_gradient(
+                    z_label, logq, g, q_max, sum_g, kd_weight, kd_slope, q_slope, untempered_slope, ce_slope,
+                    temperature, student_relative, student_height,
+                )
+                tl.debug_barrier()
+                tl.store(gradient_row + label, slot.to(gradient_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["n_columns", "has_labels", "has_bias", "has_tail", "has_importance", "treatment"])
@@ -381,7 +405,7 @@ def sparse_rows_kernel(
         best, total = tl.full([BLOCK // 4], -float("inf"), tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
         best_begin = tl.zeros([BLOCK // 4], tl.int32)
         for begin in range(0, n_columns, BLOCK):
-            z, _ = load_tail(
+            z = load_tail(
                 student_row, bias_ptr, has_bias, begin + o_b, begin + BLOCK, n_columns, n_readable, factor, height
             )
             higher, total = add_to_normaliser(z, best, total)
@@ -448,7 +472,7 @@ def sparse_rows_kernel(
         if temperature != 1.0:
             lanes = tl.zeros([BLOCK // 4], tl.float32)
             for begin in range(0, n_columns, BLOCK):
-                z, _ = load_tail(
+                z = load_tail(
                     student_row, bias_ptr, has_bias, begin + o_b, begin + BLOCK, n_columns, n_readable, factor, height
                 )
                 lanes += fold(exp((z - q_max) * temperature))
@@ -475,22 +499,27 @@ def sparse_rows_kernel(
         if HAS_GRADIENT or HAS_STATS:
             for block in range(0, tl.cdiv(n_columns, BLOCK)):
                 o_v, end = block * BLOCK + o_b, block * BLOCK + BLOCK
-                z, was_kept = load_tail(
+                z = load_tail(
                     student_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height
                 )
                 logq = (z - q_max) - q_log_sum
                 if HAS_STATS:
                     q_log_q += fold(p_log_p(logq))
                 if HAS_GRADIENT:
-                    slot = exp(logq) * q_slope
-                    if temperature != 1.0:
-                        slot += exp((z - q_max) * temperature) * untempered_slope
-                    slot = finish_gradient(slot, z, o_v, end, n_columns, label, ce_slope, relative, height)
-                    # What was taken out has its gradient written below; under a softcap its slope here is not finite.
-                    slot = tl.where(was_kept, 0.0, slot)
+                    slot = tail_gradient(
+                        z, logq, q_max, q_slope, untempered_slope, 0.0, temperature, relative, height
+                    )
                     wait_for_readers(block, student_ptr, gradient_ptr)
                     tl.store(gradient_row + o_v, slot.to(gradient_ptr.dtype.element_ty), mask=o_v < n_readable)
             tl.debug_barrier()
+        if HAS_GRADIENT:
+            if label >= 0:  # once more, now with what cross-entropy takes off; if it was kept, that follows
+                logq = (z_label - q_max) - q_log_sum
+                slot = tail_gradient(
+                    z_label, logq, q_max, q_slope, untempered_slope, ce_slope, temperature, relative, height
+                )
+                tl.store(gradient_row + label, slot.to(gradient_ptr.dtype.element_ty))
+                tl.debug_barrier()
 
         kept_q_log_q, kept_p_log_p = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.float32)
         best_logp = tl.full([ENTRIES], -float("inf"), tl.float32)
