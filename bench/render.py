@@ -89,6 +89,7 @@ BLOCKS = {
     "convergence": Block(CONVERGENCE, tables.convergence),
     "sampling": Block(SAMPLING, tables.sampling),
     "rollouts": Block(ROLLOUTS, tables.rollouts),
+    "walks": Block("walks.json", tables.walks),
     "gpu-sampling": Block(GPU_SAMPLING, tables.sampling, missing="Not yet measured: draws on a GPU."),
     "on-policy": Block("cpu_on_policy.json", tables.on_policy),
     "kid": Block("cpu_kid.json", tables.kid),

@@ -418,6 +418,23 @@ def _one_moment(results: dict) -> str:
     return f"{on['model']}, torch {on['torch']}; {measured['date'][:10]}, commit {commit}"
 
 
+def walks(results: dict) -> str:
+    """Bytes a clock at which each walk keeps up with its memory, a column a target."""
+    devices = {"sm_80": ("A100",), "sm_90": ("H100", "H200"), "sm_100": ("B200",)}
+    gives = results["memory_bytes_per_clock"]
+    targets = list(dict.fromkeys(kernel["target"] for kernel in results["kernels"]))
+    rates: dict[str, dict[str, str]] = {}
+    for kernel in results["kernels"]:
+        shown = ", ".join(f"{walk['bytes_per_clock']:.0f}" for walk in kernel["walks"])
+        rates.setdefault(kernel["name"], {})[kernel["target"]] = shown
+    header = ["bytes a clock and multiprocessor", *(f"{', '.join(devices[target])} (`{target}`)" for target in targets)]
+    memory = ["what the memory gives at most"]
+    memory += [", ".join(f"{gives[device]:.0f}" for device in devices[target]) for target in targets]
+    rows = [memory] + [[f"`{name}`", *(found[target] for target in targets)] for name, found in rates.items()]
+    versions = results["versions"]
+    return f"Triton {versions['triton']}, commit {versions['commit']}.\n\n{table(header, rows)}"
+
+
 def sampling(results: dict) -> str:
     """Times over that of the bare product of the head, a column a head and number of rows."""
     heads, targets = results["results"], results["targets"]

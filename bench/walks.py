@@ -71,6 +71,7 @@ class Walk:
     Attributes:
         instructions: of a warp, in a round.
         half_rate, special, shuffles: of those, how many of these kinds.
+        shared: of those, loads from and stores to shared memory: data that changes lanes.
         moved: bytes that the warp's wide loads and stores move in a round.
     """
 
@@ -78,6 +79,7 @@ class Walk:
     half_rate: int
     special: int
     shuffles: int
+    shared: int
     moved: int
 
     @property
@@ -148,7 +150,8 @@ def _walk(path: list[str]) -> Walk:
     kinds = Counter(_name(each).split(".")[0] for each in path)
     widths = [int(width[1]) for each in path if (width := re.match(r"(?:LDG|STG)\.E\.(64|128)\b", _name(each)))]
     half_rate = sum(count for kind, count in kinds.items() if kind in HALF_RATE)
-    return Walk(len(path), half_rate, kinds["MUFU"], kinds["SHFL"], sum(widths) // 8 * WARP)
+    shared = kinds["LDS"] + kinds["STS"]
+    return Walk(len(path), half_rate, kinds["MUFU"], kinds["SHFL"], shared, sum(widths) // 8 * WARP)
 
 
 def walks(kernel: object) -> Iterator[Walk]:

@@ -51,3 +51,38 @@ def test_triton_agrees_with_torch_in_float64(name):
     expected_f, expected_g = divergences.torch_terms(divergence)(logp.double(), logq.double())
     torch.testing.assert_close(f.double(), expected_f, rtol=2e-5, atol=1e-7)
     torch.testing.assert_close(g.double(), expected_g, rtol=2e-5, atol=1e-7)
+
+
+def _applied(function, x: torch.Tensor) -> torch.Tensor:
+    from tests.triton_terms_kernel import vocabulary_kernel
+
+    y = torch.full_like(x, torch.nan)
+    vocabulary_kernel[(-(-x.numel() // 1024),)](x, y, x.numel(), FUNCTION=function, BLOCK=1024)
+    return y.double()
+
+
+@pytest.mark.interpret
+def test_logarithms_are_good_to_the_last_digit():
+    from kd_kernels import triton_formulas
+
+    below_one = 1 - torch.logspace(-7, -0.1, 4000)
+    x = torch.cat([torch.logspace(-37, 38, 4000), below_one, 1 / below_one, torch.tensor([1.0])]).float()
+    truth = x.double().log()
+    unit = torch.frexp(truth.float()).exponent.double().exp2() * 2.0**-24
+    assert ((_applied(triton_formulas.log, x) - truth).abs() <= 1.3 * unit).all()
+    assert _applied(triton_formulas.log, torch.ones(1)).item() == 0
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy beyond the end of fp32
+def test_exponentials_hold_what_they_promise():
+    from kd_kernels import triton_formulas
+
+    x = torch.linspace(-87, 88.6, 8001)
+    truth = x.double().exp()
+    assert ((_applied(triton_formulas.exp, x) / truth - 1).abs() <= 2 * 2.0**-23).all()
+    fallen = x[x <= 0]
+    assert ((_applied(triton_formulas.exp_fall, fallen) - fallen.double().exp()).abs() <= 2.0**-23).all()
+    ends = torch.tensor([-torch.inf, -200.0, 0.0, 89.0, torch.inf])
+    assert _applied(triton_formulas.exp, ends).tolist() == [0.0, 0.0, 1.0, torch.inf, torch.inf]
+    assert _applied(triton_formulas.exp_fall, ends[:3]).tolist() == [0.0, 0.0, 1.0]

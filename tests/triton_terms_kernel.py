@@ -1,4 +1,4 @@
-"""A kernel that does nothing but call a divergence's formula, for the tests of the Triton rendering."""
+"""Kernels that do nothing but call a formula, or a function of the vocabulary, for the tests of the Triton rendering."""
 
 import triton
 import triton.language as tl
@@ -30,3 +30,14 @@ def terms_kernel(
         f, g = TERMS(logp, logq, first_param, second_param)
     tl.store(f_ptr + o_n, f, mask=mask)
     tl.store(g_ptr + o_n, g, mask=mask)
+
+
+@triton.jit
+def vocabulary_kernel(
+    x_ptr,  # [n] fp32
+    y_ptr,  # [n] fp32: out
+    n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A function of the formulas' vocabulary. Moves 8 n bytes."""
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + o_n, FUNCTION(tl.load(x_ptr + o_n, mask=o_n < n, other=1.0)), mask=o_n < n)

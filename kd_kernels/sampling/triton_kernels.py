@@ -14,11 +14,13 @@ import triton.language as tl
 
 from kd_kernels.triton_rows import (
     LARGEST_KEY, LEAST_KEY, exp, finite_or_zero, join_argmax, keys_of, load_block, load_candidates, load_logits,
-    map_raw,
 )
 
 GROUP = tl.constexpr(128)
 """Ids of the vocabulary that share one word of the race."""
+
+SLICE = tl.constexpr(16)
+"""Rows whose groups are summarised together, after a product of few rows."""
 
 N_BOUNDS = tl.constexpr(2)
 # What the filters leave of a row: logits with a key above the first number, and those with just that key up to the
@@ -114,9 +116,8 @@ def head_groups_kernel(
     hidden_stride, weight_stride, stride, n_rows, n_columns, n_hidden, n_groups, has_bias, factor, height,
     STATS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):
-    """The head's product for up to ROWS rows, and the summaries of the one group that this program has of each, while
-    it has them. Moves 2 V H bytes of weights, once, 4 C V of products, which only what follows may read, and 12 G a
-    row."""
+    """The head's product for up to ROWS rows, and the summaries of the one group that this program has of each. Moves
+    2 V H bytes of weights, once, 4 C V of products, which it and what follows find in cache, and 12 G a row."""
     group = tl.program_id(0).to(tl.int64)
     o_j, o_r, o_h = tl.arange(0, GROUP), tl.arange(0, ROWS), tl.arange(0, DEPTH)
     exists, is_row = group * GROUP + o_j < n_columns, o_r < n_rows
@@ -128,18 +129,25 @@ def head_groups_kernel(
         weight = tl.load(weight_tile + (begin + o_h)[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
         hidden = tl.load(hidden_tile + (begin + o_h)[:, None], mask=inside[:, None] & is_row[None, :], other=0.0)
         products = tl.dot(weight, hidden, products)
-    raw = tl.trans(products)
     o_v = group * GROUP + o_j
-    tl.store(raw_ptr + o_r[:, None].to(tl.int64) * stride + o_v[None, :], raw, mask=is_row[:, None] & exists[None, :])
-    if has_bias:
-        raw += tl.load(bias_ptr + o_v, mask=exists, other=0.0)[None, :]
-    z = tl.where(exists[None, :], map_raw(raw, factor, height), -float("inf"))
-    inverse = tl.load(inverse_ptr + o_r, mask=is_row, other=1.0)
-    inverse = tl.where((inverse == inverse) & (inverse < float("inf")), inverse, 1.0)
-    store_groups(
-        z, o_r * n_groups + group, is_row, maxima_ptr, sums_ptr, race_sums_ptr, weighted_ptr, inverse[:, None],
-        tl.max((inverse != 1.0).to(tl.int32), 0) > 0, STATS,
-    )
+    rows_tile = raw_ptr + o_r[:, None].to(tl.int64) * stride
+    tl.store(rows_tile + o_v[None, :], tl.trans(products), mask=is_row[:, None] & exists[None, :])
+    # Read again, a few rows at a time: with all of them in its lanes' registers, a program would have a multiprocessor
+    # to itself, which would load no weights meanwhile.
+    tl.debug_barrier()
+    for begin in range(0, n_rows, SLICE):
+        o_s = begin + tl.arange(0, SLICE)
+        here = o_s < n_rows
+        z = load_logits(
+            raw_ptr + o_s[:, None].to(tl.int64) * stride, bias_ptr, has_bias, o_v[None, :],
+            here[:, None] & exists[None, :], factor, height,
+        )
+        inverse = tl.load(inverse_ptr + o_s, mask=here, other=1.0)
+        inverse = tl.where((inverse == inverse) & (inverse < float("inf")), inverse, 1.0)
+        store_groups(
+            z, o_s * n_groups + group, here, maxima_ptr, sums_ptr, race_sums_ptr, weighted_ptr, inverse[:, None],
+            tl.max((inverse != 1.0).to(tl.int32), 0) > 0, STATS,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
