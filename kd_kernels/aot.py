@@ -188,7 +188,8 @@ FORMULA_KERNELS = """
 #include <cmath>
 #define KD_ISA device
 namespace kd { namespace device {
-using ::exp; using ::log; using ::abs; using ::sqrt;
+using ::exp; using ::log; using ::abs;
+template <class T> __device__ T exp_fall(T x) { return ::exp(x); }
 template <class T> __device__ T splat(double x) { return static_cast<T>(x); }
 template <class T> __device__ T where(bool mask, T a, T b) { return mask ? a : b; }
 }}

@@ -159,14 +159,6 @@ template <class T> KD_INLINE T log(T x) {
 }
 template <> inline __attribute__((always_inline)) double log<double>(double x) { return std::log(x); }
 
-template <class T> KD_INLINE T sqrt(T x) {
-  if constexpr (sizeof(T) == sizeof(float)) return std::sqrt(x);
-  T y;
-  for (unsigned i = 0; i < sizeof(T) / sizeof(float); ++i) y[i] = __builtin_sqrtf(x[i]);
-  return y;
-}
-template <> inline __attribute__((always_inline)) double sqrt<double>(double x) { return std::sqrt(x); }
-
 // Bit i is set where lane i of x is above the bound.
 KD_INLINE uint32_t lanes_above(FloatVector x, FloatVector bound) {
 #if KD_VECTOR_BYTES == 64 && defined(__AVX512F__)
