@@ -73,6 +73,7 @@ class Walk:
         half_rate, special, shuffles: of those, how many of these kinds.
         shared: of those, loads from and stores to shared memory: data that changes lanes.
         moved: bytes that the warp's wide loads and stores move in a round.
+        between_loads: instructions from the first wide load to the last. What waits for the first holds the last up.
     """
 
     instructions: int
@@ -81,6 +82,7 @@ class Walk:
     shuffles: int
     shared: int
     moved: int
+    between_loads: int
 
     @property
     def clocks(self) -> int:
@@ -151,7 +153,9 @@ def _walk(path: list[str]) -> Walk:
     widths = [int(width[1]) for each in path if (width := re.match(r"(?:LDG|STG)\.E\.(64|128)\b", _name(each)))]
     half_rate = sum(count for kind, count in kinds.items() if kind in HALF_RATE)
     shared = kinds["LDS"] + kinds["STS"]
-    return Walk(len(path), half_rate, kinds["MUFU"], kinds["SHFL"], shared, sum(widths) // 8 * WARP)
+    loads = [i for i, each in enumerate(path) if _name(each).startswith("LDG.E.128")] or [0]
+    moved = sum(widths) // 8 * WARP
+    return Walk(len(path), half_rate, kinds["MUFU"], kinds["SHFL"], shared, moved, loads[-1] - loads[0])
 
 
 def walks(kernel: object) -> Iterator[Walk]:
@@ -178,10 +182,12 @@ def shown(target: str) -> Iterator[tuple[str, Specialisation]]:
 
 
 def measure(target: str) -> list[dict]:
-    """An entry for each launch that is shown."""
+    """An entry for each launch that is shown. Where the loads are is read off the kernel as it is launched: branches of
+    options stand in the way of moving them."""
     return [
         {
             "name": name, "target": target, "arguments": str(each),
+            "between_loads": max(walk.between_loads for walk in walks(aot.build(each))),
             "walks": [
                 {**asdict(walk), "clocks": walk.clocks, "bytes_per_clock": walk.bytes_per_clock}
                 for walk in walks(aot.build(each, WITHOUT_OPTIONS))

@@ -15,8 +15,13 @@ from bench import walks
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, list[dict]]:
-    return {entry["name"]: entry["walks"] for entry in walks.measure("sm_90")}
+def entries() -> list[dict]:
+    return walks.measure("sm_90")
+
+
+@pytest.fixture(scope="module")
+def measured(entries: list[dict]) -> dict[str, list[dict]]:
+    return {entry["name"]: entry["walks"] for entry in entries}
 
 
 def test_every_walk_keeps_up_with_the_memory_of_an_h200(measured: dict[str, list[dict]]) -> None:
@@ -39,6 +44,12 @@ def test_no_walk_of_the_loss_moves_data_between_lanes(measured: dict[str, list[d
     """A sum over four neighbours must stay within a lane, and a gradient must lie as its logits do."""
     for name, found in measured.items():
         assert not name.startswith("kd_loss") or all(w["shared"] == w["shuffles"] == 0 for w in found), name
+
+
+def test_all_loads_of_a_round_are_under_way_before_the_first_is_waited_for(entries: list[dict]) -> None:
+    """Else a walk over two models waits for the memory twice a round."""
+    between = {entry["name"]: entry["between_loads"] for entry in entries}
+    assert max(between.values()) <= 16, between
 
 
 LISTING = """
@@ -68,7 +79,7 @@ def test_counts_a_round_of_a_loop_without_what_it_may_jump_over(monkeypatch: pyt
     monkeypatch.setattr(walks.subprocess, "run", lambda *args, **kwargs: done)
     (walk,) = walks.walks(SimpleNamespace(asm={"cubin": b""}))
     assert walk == walks.Walk(
-        instructions=8, half_rate=1, special=1, shuffles=1, shared=1, moved=32 * (16 + 8)
+        instructions=8, half_rate=1, special=1, shuffles=1, shared=1, moved=32 * (16 + 8), between_loads=0
     )
     assert walk.clocks == 8 and walk.bytes_per_clock == 4 * 768 / 8
 

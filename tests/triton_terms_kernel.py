@@ -1,4 +1,4 @@
-"""Kernels that do nothing but call a formula, or a function of the vocabulary, for the tests of the Triton rendering."""
+"""Kernels that do nothing but call a formula, or a function of its vocabulary, for the tests of Triton's rendering."""
 
 import triton
 import triton.language as tl

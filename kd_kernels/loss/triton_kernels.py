@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    add_to_normaliser, argmax_of, exp, fold, join_normaliser, load_block, load_logits, load_raw, logits_of,
+    add_to_normaliser, argmax_of, exp, fold, join_normaliser, load_logits, load_raw, logits_of,
     p_log_p,
 )
 
@@ -43,6 +43,19 @@ def apply_terms(logp, logq, first_param, second_param, TERMS: tl.constexpr, N_PA
     else:
         f, g = TERMS(logp, logq, first_param, second_param)
     return f, g
+
+
+@triton.jit
+def load_both(
+    student_row, teacher_row, student_bias_ptr, teacher_bias_ptr, student_has_bias, teacher_has_bias, o_v, end,
+    n_columns, n_readable, student_factor, student_height, teacher_factor, teacher_height,
+):
+    """Logits of both models for a block of a walk. Both are under way before the first is waited for: the branches of
+    the options would keep the compiler from seeing to that."""
+    raw_z = load_raw(student_row, o_v, end, n_columns, n_readable)
+    raw_y = load_raw(teacher_row, o_v, end, n_columns, n_readable)
+    z = logits_of(raw_z, student_bias_ptr, student_has_bias, o_v, n_columns, student_factor, student_height)
+    return z, logits_of(raw_y, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, teacher_factor, teacher_height)
 
 
 @triton.jit
@@ -209,13 +222,9 @@ def dense_rows_kernel(
         q_begin, p_begin = tl.zeros([BLOCK // 4], tl.int32), tl.zeros([BLOCK // 4], tl.int32)
         for begin in range(0, n_columns, BLOCK):
             o_v, end = begin + o_b, begin + BLOCK
-            z = load_block(
-                student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
-                student_height,
-            )
-            y = load_block(
-                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
-                teacher_height,
+            z, y = load_both(
+                student_row, teacher_row, student_bias_ptr, teacher_bias_ptr, student_has_bias, teacher_has_bias, o_v,
+                end, n_columns, n_readable, student_factor, student_height, teacher_factor, teacher_height,
             )
             q_higher, q_total = add_to_normaliser(z, q_best, q_total)
             p_higher, p_total = add_to_normaliser(y, p_best, p_total)
@@ -253,13 +262,9 @@ def dense_rows_kernel(
             if KNOWS_G and HAS_GRADIENT:
                 block = i
             o_v, end = block * BLOCK + o_b, block * BLOCK + BLOCK
-            z = load_block(
-                student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
-                student_height,
-            )
-            y = load_block(
-                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
-                teacher_height,
+            z, y = load_both(
+                student_row, teacher_row, student_bias_ptr, teacher_bias_ptr, student_has_bias, teacher_has_bias, o_v,
+                end, n_columns, n_readable, student_factor, student_height, teacher_factor, teacher_height,
             )
             logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
             f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)
@@ -299,13 +304,9 @@ def dense_rows_kernel(
         if HAS_GRADIENT and not KNOWS_G:
             for block in range(0, n_blocks):
                 o_v, end = block * BLOCK + o_b, block * BLOCK + BLOCK
-                z = load_block(
-                    student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
-                    student_height,
-                )
-                y = load_block(
-                    teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
-                    teacher_height,
+                z, y = load_both(
+                    student_row, teacher_row, student_bias_ptr, teacher_bias_ptr, student_has_bias, teacher_has_bias,
+                    o_v, end, n_columns, n_readable, student_factor, student_height, teacher_factor, teacher_height,
                 )
                 logq, logp = (z - q_max) - q_log_sum, (y - p_max) - p_log_sum
                 f, g = apply_terms(logp, logq, first_param, second_param, TERMS, N_PARAMS)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.sampling.triton_kernels import MOST_IDS, N_BOUNDS, largest_of, safe_inverse, stays
-from kd_kernels.triton_rows import LEAST_KEY, finite_or_zero, load_block
+from kd_kernels.triton_rows import LEAST_KEY, finite_or_zero, load_block, load_raw, logits_of
 
 
 @triton.jit
@@ -34,12 +34,12 @@ def law_of(
 
 @triton.jit
 def heights_of(
-    raw_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height, peak, inverse, is_greedy, best, key,
-    last, floor, FILTERED: tl.constexpr,
+    raw, bias_ptr, has_bias, o_v, n_columns, factor, height, peak, inverse, is_greedy, best, key, last, floor,
+    FILTERED: tl.constexpr,
 ):
-    """``(z - peak) / T`` in fp64, -inf for what is cut; where T is 0, 0 for the first id with the largest logit
-    alone."""
-    z = load_block(raw_row, bias_ptr, has_bias, o_v, end, n_columns, n_readable, factor, height)
+    """``(z - peak) / T`` in fp64 of products, -inf for what is cut; where T is 0, 0 for the first id with the largest
+    logit alone."""
+    z = logits_of(raw, bias_ptr, has_bias, o_v, n_columns, factor, height)
     tempered = (z.to(tl.float64) - peak.to(tl.float64)) * inverse.to(tl.float64)
     if FILTERED:
         tempered = tl.where(stays(z, o_v, key, last, floor, peak, inverse), tempered, -float("inf"))
@@ -86,25 +86,29 @@ def residual_kernel(
     p_lanes, q_lanes = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for begin in range(0, n_columns, BLOCK):
         o_v, end = begin + o_b, begin + BLOCK
+        raw_p = load_raw(teacher_row, o_v, end, n_columns, n_readable)  # both before either is waited for
+        raw_q = load_raw(student_row, o_v, end, n_columns, n_readable)
         p_lanes += tl.exp(heights_of(
-            teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
-            teacher_height, p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
+            raw_p, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, teacher_factor, teacher_height, p_peak,
+            p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
         ))
         q_lanes += tl.exp(heights_of(
-            student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
-            student_height, q_peak, q_inverse, q_greedy, q_best, q_key, q_last, q_floor, STUDENT_FILTERED,
+            raw_q, student_bias_ptr, student_has_bias, o_v, n_columns, student_factor, student_height, q_peak,
+            q_inverse, q_greedy, q_best, q_key, q_last, q_floor, STUDENT_FILTERED,
         ))
     p_mass, q_mass = tl.log(tl.sum(p_lanes, 0)), tl.log(tl.sum(q_lanes, 0))
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
     for begin in range(0, n_columns, BLOCK):
         o_v, end = begin + o_b, begin + BLOCK
+        raw_p = load_raw(teacher_row, o_v, end, n_columns, n_readable)
+        raw_q = load_raw(student_row, o_v, end, n_columns, n_readable)
         log_p = heights_of(
-            teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
-            teacher_height, p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
+            raw_p, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, teacher_factor, teacher_height, p_peak,
+            p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
         ) - p_mass
         log_q = heights_of(
-            student_row, student_bias_ptr, student_has_bias, o_v, end, n_columns, n_readable, student_factor,
-            student_height, q_peak, q_inverse, q_greedy, q_best, q_key, q_last, q_floor, STUDENT_FILTERED,
+            raw_q, student_bias_ptr, student_has_bias, o_v, n_columns, student_factor, student_height, q_peak,
+            q_inverse, q_greedy, q_best, q_key, q_last, q_floor, STUDENT_FILTERED,
         ) - q_mass
         is_left = log_p > log_q
         share = tl.exp(tl.where(is_left, log_q - log_p, -1.0))
@@ -113,9 +117,10 @@ def residual_kernel(
         highest = tl.maximum(highest, left)
     if tl.max(highest, 0) == -float("inf"):
         for begin in range(0, n_columns, BLOCK):
-            o_v, end = begin + o_b, begin + BLOCK
+            o_v = begin + o_b
+            raw_p = load_raw(teacher_row, o_v, begin + BLOCK, n_columns, n_readable)
             log_p = heights_of(
-                teacher_row, teacher_bias_ptr, teacher_has_bias, o_v, end, n_columns, n_readable, teacher_factor,
-                teacher_height, p_peak, p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
+                raw_p, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, teacher_factor, teacher_height, p_peak,
+                p_inverse, p_greedy, p_best, p_key, p_last, p_floor, TEACHER_FILTERED,
             ) - p_mass
             tl.store(left_row + o_v, log_p.to(tl.float32), mask=o_v < n_readable)
