@@ -35,12 +35,19 @@ def group_launch(vocab: int, warp_size: int) -> Launch:
     return Launch(block, max(1, block // (16 * warp_size)))
 
 
-def race_launch(n_groups: int, warp_size: int) -> Launch:
-    """For kernels that walk the groups of a row: two a lane, of up to 128 lanes (with four, ptxas spills on sm_100)."""
+def race_launch(n_groups: int, warp_size: int, most: int = 256) -> Launch:
+    """For kernels that walk the groups of a row, up to ``most`` at a time: two a lane (with four, ptxas spills on
+    sm_100)."""
     block = 64
-    while block < min(n_groups, 256):
+    while block < min(n_groups, most):
         block *= 2
     return Launch(block, max(1, block // (2 * warp_size)))
+
+
+def draw_launch(n_groups: int, warp_size: int) -> Launch:
+    """For the race: all groups of most vocabularies in one or two rounds. Of few rows, nobody else hides how long one
+    takes, and it is thousands of clocks."""
+    return race_launch(n_groups, warp_size, most=1024)
 
 
 def residual_launch(warp_size: int) -> row_launch.Launch:

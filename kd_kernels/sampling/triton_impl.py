@@ -145,7 +145,7 @@ def _cut(rows: RawRows, groups: Summaries, request: Request) -> Cut:
 def _draw(rows: RawRows, groups: Summaries, request: Request, out: RowSamples) -> None:
     raw, (maxima, sums, _, weighted) = rows.raw, groups
     count, n_groups = maxima.shape
-    cut, launch = _cut(rows, groups, request), config.race_launch(n_groups, row_launch.lanes_per_warp())
+    cut, launch = _cut(rows, groups, request), config.draw_launch(n_groups, row_launch.lanes_per_warp())
     draw_kernel[(count,)](
         raw, _or(rows.bias, maxima), request.seeds, request.keys, request.positions, request.inverse,
         _or(request.given, request.seeds), _or(request.min_p, request.seeds.view(torch.float64)), maxima, sums,

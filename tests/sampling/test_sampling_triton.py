@@ -90,7 +90,8 @@ def test_tiles_chunks_and_orders_change_no_bit(arguments: dict, monkeypatch: pyt
     moved = draw(logits[order], {name: x[order] for name, x in at.items()})
     assert_equal(Sampled(*(getattr(whole, f.name)[order] for f in dataclasses.fields(whole))), moved)
     monkeypatch.setattr(config, "group_launch", lambda vocab, warp_size: config.Launch(128, 1))
-    monkeypatch.setattr(config, "race_launch", lambda n_groups, warp_size: config.Launch(8, 1))
+    for launch in ("race_launch", "draw_launch"):
+        monkeypatch.setattr(config, launch, lambda n_groups, warp_size: config.Launch(8, 1))
     monkeypatch.setattr(config, "MEMBERS", 256)
     tiled = draw(logits, at)
     assert torch.equal(tiled.ids, whole.ids)
