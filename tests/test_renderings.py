@@ -86,3 +86,25 @@ def test_exponentials_hold_what_they_promise():
     ends = torch.tensor([-torch.inf, -200.0, 0.0, 89.0, torch.inf])
     assert _applied(triton_formulas.exp, ends).tolist() == [0.0, 0.0, 1.0, torch.inf, torch.inf]
     assert _applied(triton_formulas.exp_fall, ends[:3]).tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("rendering", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl", "skew_reverse_kl_detached"])
+def test_mixtures_are_exact_where_the_models_agree(name, rendering):
+    """With the rounding of a number near 0. The logarithm of the mixture itself, of the size of log p, has ten times as
+    much, and the divergence is smaller than that."""
+    generator = torch.Generator().manual_seed(1)
+    logp = -1 - 29 * torch.rand(5000, generator=generator)
+    gap = 10 ** (-1 - 3 * torch.rand(5000, generator=generator)) * torch.randn(5000, generator=generator).sign()
+    logq = logp + gap
+    divergence, size = CASES[name], torch.maximum(logp, logq).double().exp()
+    expected, _ = divergences.torch_terms(divergence)(logp.double(), logq.double())
+    if rendering == "torch":
+        f, _ = divergences.torch_terms(divergence)(logp, logq)
+    else:
+        from tests.triton_terms_kernel import terms_kernel
+
+        f, g = torch.full_like(logp, torch.nan), torch.full_like(logp, torch.nan)
+        terms, params = divergences.triton_terms(name), (*divergence.values, 0.0, 0.0)[:2]
+        terms_kernel[(5,)](logp, logq, f, g, 5000, *params, TERMS=terms, PARAMS=len(divergence.values), BLOCK=1024)
+    assert ((f.double() - expected).abs() <= 1.5e-7 * size + 1e-5 * expected.abs()).all()
