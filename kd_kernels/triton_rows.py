@@ -17,7 +17,6 @@ LARGEST_KEY = tl.constexpr(2147483647)
 BEYOND = tl.constexpr(1 << 21)
 """A group that no vocabulary has: of 16 columns or more each, they end at 2^24."""
 
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    add_to_normaliser, argmax_of, exp, fold, join_normaliser, load_logits, load_raw, logits_of,
-    p_log_p,
+    add_to_normaliser, argmax_of, exp, fold, join_normaliser, load_logits, load_raw, logits_of, p_log_p,
 )
 
 BAD_STUDENT = tl.constexpr(1)
