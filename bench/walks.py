@@ -48,6 +48,7 @@ HALF_RATE = frozenset((
 
 SHOWN = (
     ("kd_loss, forward_kl", r"dense_rows_kernel.*terms of forward_kl, N_PARAMS=0, KNOWS_G=True.*HAS_STATS=False"),
+    ("kd_loss, reverse_kl", r"dense_rows_kernel.*terms of reverse_kl, N_PARAMS=0, KNOWS_G=True.*HAS_STATS=False"),
     ("kd_loss, jsd", r"dense_rows_kernel.*terms of jsd,.*HAS_STATS=False"),
     ("kd_loss, skew_forward_kl", r"dense_rows_kernel.*terms of skew_forward_kl,.*HAS_STATS=False"),
     ("kd_loss, top-k teacher", r"sparse_rows_kernel.*terms of forward_kl,.*HAS_STATS=False"),

@@ -167,8 +167,8 @@ class Divergence:
         symmetric: D(p, q) = D(q, p).
         bound: the largest value that it can take, in nats, or None.
         paper: where it comes from.
-        total_g: G = sum g where it is the same for every pair of distributions, else None. It spares a walk over the
-            row.
+        total_g, reverse_share: G = sum g is ``total_g + reverse_share KL(q || p)``, or None and 0 where it is no such
+            number. One that is known from the normalisers' walk spares another over the row.
     """
 
     name: str
@@ -179,6 +179,7 @@ class Divergence:
     bound: float | None = None
     paper: str = ""
     total_g: float | None = None
+    reverse_share: float = 0.0
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -215,7 +216,8 @@ def reverse_kl() -> Divergence:
 
     Gu et al. 2023 (MiniLLM), arXiv 2306.08543.
     """
-    return Divergence("reverse_kl", _reverse_kl, paper="Gu et al. 2023, arXiv 2306.08543")
+    paper = "Gu et al. 2023, arXiv 2306.08543"
+    return Divergence("reverse_kl", _reverse_kl, paper=paper, total_g=1.0, reverse_share=1.0)
 
 
 def jsd(beta: float = 0.5) -> Divergence:
@@ -264,7 +266,10 @@ def jeffreys(weight: float = 0.5) -> Divergence:
         "jeffreys", "weight", weight, "in (0, 1)", lambda w: 0 < w < 1,
         "for the end points use reverse_kl or forward_kl"
     )
-    return Divergence("jeffreys", _jeffreys, (("weight", weight),), symmetric=weight == 0.5, paper="Jeffreys 1946")
+    return Divergence(
+        "jeffreys", _jeffreys, (("weight", weight),), symmetric=weight == 0.5, paper="Jeffreys 1946",
+        total_g=1 - 2 * weight, reverse_share=1 - weight,
+    )
 
 
 def total_variation() -> Divergence:

@@ -74,6 +74,18 @@ def test_generated_header_is_up_to_date() -> None:
     assert generate_terms.HEADER.read_text() == generate_terms.render(), "run: python -m kd_kernels.generate_terms"
 
 
+@every_divergence
+def test_what_is_known_of_the_sum_of_g_is_so(divergence: str) -> None:
+    """Kernels that know it spare a walk over the row."""
+    parsed = divergences.parse(divergence)
+    generator = torch.Generator().manual_seed(0)
+    logp, logq = (3 * torch.randn(2, 50, 200, generator=generator, dtype=torch.float64)).log_softmax(2)
+    _, g = divergences.torch_terms(parsed)(logp, logq)
+    known = (parsed.total_g or 0.0) + parsed.reverse_share * (logq.exp() * (logq - logp)).sum(1)
+    assert parsed.reverse_share == 0 or parsed.total_g is not None
+    assert torch.allclose(g.sum(1), known, rtol=1e-9) == (parsed.total_g is not None)
+
+
 # -------------------------------------------------------------------------------------------------------- refused input
 
 

@@ -36,6 +36,7 @@ def test_the_loss_walks_as_often_as_its_kernel_says(measured: dict[str, list[dic
     moved = {name: [walk["moved"] for walk in found] for name, found in measured.items()}
     one_of_each, gradient = 2 * 16 * 32, 8 * 32
     assert moved["kd_loss, forward_kl"] == [one_of_each, one_of_each + gradient]
+    assert moved["kd_loss, reverse_kl"] == [one_of_each, one_of_each + gradient]
     assert moved["kd_loss, jsd"] == [one_of_each, one_of_each, one_of_each + gradient]
     assert moved["kd_loss, top-k teacher"] == [one_of_each // 2, one_of_each // 2 + gradient]
 

@@ -45,8 +45,9 @@ def dense_rows(
             readable_columns(student.raw, teacher.raw, _or(gradient, student.raw)),
             _needs_labels(labels, job, want_stats), int(student.bias is not None), int(teacher.bias is not None),
             *student_map, *teacher_map[:2], job.temperature, job.kd_weight, job.ce_weight, *_params(job),
-            job.divergence.total_g or 0.0,
+            job.divergence.total_g or 0.0, job.divergence.reverse_share,
             TERMS=triton_terms(job.divergence.kernel), N_PARAMS=len(job.divergence.values), KNOWS_G=knows_g,
+            SUMS_REVERSE=knows_g and gradient is not None and job.divergence.reverse_share != 0,
             HAS_GRADIENT=gradient is not None, HAS_STATS=want_stats, BLOCK=launch.block, **launch.options,
         )
     return loss, stats, status

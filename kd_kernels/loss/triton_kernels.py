@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kd_kernels.triton_rows import (
-    add_to_normaliser, argmax_of, exp, fold, join_normaliser, load_logits, load_raw, logits_of, p_log_p,
+    LOWEST, add_to_normaliser, argmax_of, exp, fold, join_normaliser, load_logits, load_raw, logits_of, p_log_p,
 )
 
 BAD_STUDENT = tl.constexpr(1)
@@ -23,6 +23,9 @@ BAD_IMPORTANCE = tl.constexpr(32)
 N_STATS = tl.constexpr(11)
 BUCKET = tl.constexpr(0)
 RENORMALIZE = tl.constexpr(1)
+
+UNIT = tl.constexpr(2.0**-24)
+"""Of a sum that could overflow: of differences between the largest and the least number of fp32, all over a row."""
 
 KEPT = tl.constexpr(0x7FC0FACE)
 """Bits that are written over the kept logits of a sparse row, so that what remains is its tail: a NaN that no
@@ -55,6 +58,35 @@ def load_both(
     raw_y = load_raw(teacher_row, o_v, end, n_columns, n_readable)
     z = logits_of(raw_z, student_bias_ptr, student_has_bias, o_v, n_columns, student_factor, student_height)
     return z, logits_of(raw_y, teacher_bias_ptr, teacher_has_bias, o_v, n_columns, teacher_factor, teacher_height)
+
+
+@triton.jit
+def carry_reverse(reverse, q_total, q_from, q_to, p_from, p_to):
+    """A lane's sum of ``exp(z - a) ((z - a) - (y - b)) UNIT``, taken from the maxima a, b of student and teacher to
+    higher ones. ``q_total`` is its sum of ``exp(z - a)``."""
+    q_fall = tl.maximum(tl.maximum(q_from, LOWEST) - tl.maximum(q_to, LOWEST), LOWEST)
+    p_fall = tl.maximum(tl.maximum(p_from, LOWEST) - tl.maximum(p_to, LOWEST), LOWEST)
+    shrink = exp(q_fall)
+    carried = reverse + (q_fall - p_fall) * UNIT * tl.sum(q_total, 1)
+    return tl.where(shrink > 0, shrink * carried, 0.0)  # where the teacher has no mass, it may have been infinite
+
+
+@triton.jit
+def add_to_reverse(z, y, reverse, q_total, q_best, q_higher, p_best, p_higher):
+    """Take up a block, as :func:`add_to_normaliser` did, which tells of both models the largest logits before and
+    after."""
+    q_gap = tl.reshape(z, q_total.shape) - tl.maximum(q_higher, LOWEST)[:, None]
+    p_gap = tl.reshape(y, q_total.shape) - tl.maximum(p_higher, LOWEST)[:, None]
+    share = exp(q_gap)
+    own = tl.sum(tl.where(share > 0, share * ((q_gap - p_gap) * UNIT), 0.0), 1)
+    return carry_reverse(reverse, q_total, q_best, q_higher, p_best, p_higher) + own
+
+
+@triton.jit
+def reverse_kl_of(reverse, q_total, q_best, q_max, q_sum, p_best, p_max, p_sum):
+    """KL(q || p): ``sum q ((z - max z) - (y - max y))``, less the difference of the logarithms of the sums."""
+    parts = carry_reverse(reverse, q_total, q_best, q_max, p_best, p_max).to(tl.float64)
+    return (tl.sum(parts, 0) / (q_sum * UNIT)).to(tl.float32) - (tl.log(q_sum) - tl.log(p_sum))
 
 
 @triton.jit
@@ -185,13 +217,13 @@ def dense_rows_kernel(
     student_stride, teacher_stride, gradient_stride, n_columns, n_readable, has_labels, student_has_bias,
     teacher_has_bias,
     student_factor, student_height, student_scale, student_relative, teacher_factor, teacher_height, temperature,
-    kd_weight, ce_weight, first_param, second_param, total_g,
-    TERMS: tl.constexpr, N_PARAMS: tl.constexpr, KNOWS_G: tl.constexpr, HAS_GRADIENT: tl.constexpr,
-    HAS_STATS: tl.constexpr, BLOCK: tl.constexpr,
+    kd_weight, ce_weight, first_param, second_param, total_g, reverse_share,
+    TERMS: tl.constexpr, N_PARAMS: tl.constexpr, KNOWS_G: tl.constexpr, SUMS_REVERSE: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, HAS_STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Rows of a dense teacher. Moves C V (3 (s + t) + d) bytes, s, t, d those of a student's, a teacher's logit and a
-    gradient's entry; (2 (s + t) + d) where G is known beforehand, 2 (s + t) without a gradient. Every other walk goes
-    backwards, so that it begins with what the one before it left in cache."""
+    gradient's entry; (2 (s + t) + d) where G is known after the first walk, 2 (s + t) without a gradient. Every other
+    walk goes backwards, so that it begins with what the one before it left in cache."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weight_ptr + row).to(tl.float32)
     student_row, teacher_row = student_ptr + row * student_stride, teacher_ptr + row * teacher_stride
@@ -219,24 +251,31 @@ def dense_rows_kernel(
         p_best = tl.full([BLOCK // 4], -float("inf"), tl.float32)
         q_total, p_total = tl.zeros([BLOCK // 4, 4], tl.float32), tl.zeros([BLOCK // 4, 4], tl.float32)
         q_begin, p_begin = tl.zeros([BLOCK // 4], tl.int32), tl.zeros([BLOCK // 4], tl.int32)
+        reverse = tl.zeros([BLOCK // 4], tl.float32)
         for begin in range(0, n_columns, BLOCK):
             o_v, end = begin + o_b, begin + BLOCK
             z, y = load_both(
                 student_row, teacher_row, student_bias_ptr, teacher_bias_ptr, student_has_bias, teacher_has_bias, o_v,
                 end, n_columns, n_readable, student_factor, student_height, teacher_factor, teacher_height,
             )
-            q_higher, q_total = add_to_normaliser(z, q_best, q_total)
+            q_higher, q_grown = add_to_normaliser(z, q_best, q_total)
             p_higher, p_total = add_to_normaliser(y, p_best, p_total)
+            if SUMS_REVERSE:
+                reverse = add_to_reverse(z, y, reverse, q_total, q_best, q_higher, p_best, p_higher)
             if HAS_STATS:
                 q_begin = tl.where(q_higher > q_best, begin, q_begin)
                 p_begin = tl.where(p_higher > p_best, begin, p_begin)
-            q_best, p_best = q_higher, p_higher
+            q_best, p_best, q_total = q_higher, p_higher, q_grown
         q_max, q_sum = join_normaliser(q_best, q_total)
         p_max, p_sum = join_normaliser(p_best, p_total)
         q_log_sum, p_log_sum = tl.log(q_sum), tl.log(p_sum)
         status |= tl.where((q_sum > 0) & (q_sum < float("inf")), 0, BAD_STUDENT)
         status |= tl.where((p_sum > 0) & (p_sum < float("inf")), 0, BAD_TEACHER)
         weight = tl.where(status == 0, weight, nan)
+        if SUMS_REVERSE:
+            total_g += reverse_share * reverse_kl_of(
+                reverse, q_total, q_best, q_max, q_sum, p_best, p_max, p_sum
+            )
 
         if HAS_STATS:
             student_top1 = argmax_of(
@@ -430,6 +469,8 @@ def sparse_rows_kernel(
                 wrong |= tl.where((importance >= 0) & (importance < float("inf")), 0, BAD_IMPORTANCE)
         kept_max, kept_sum = join_normaliser(kept_best, kept_total)
         q_max = tl.maximum(tail_max, kept_max)
+        # Relative to the larger of both. The logarithms know nothing of that: far below it, its exponential is rounded.
+        log_tail_sum, log_kept_sum = (tail_max - q_max) + tl.log(tail_sum), (kept_max - q_max) + tl.log(kept_sum)
         tail_sum = tl.where(tail_sum == 0, 0.0, tail_sum * exp(tail_max - q_max))
         kept_sum = tl.where(kept_sum == 0, 0.0, kept_sum * exp(kept_max - q_max))
         q_sum = tail_sum + kept_sum
@@ -449,7 +490,7 @@ def sparse_rows_kernel(
 
         # The events: kept ids, and with "bucket" the tail as one more.
         p_shift = tl.where(renormalise, tl.log(kept_mass), 0.0)
-        q_shift = tl.where(renormalise, tl.log(kept_sum), q_log_sum)
+        q_shift = tl.where(renormalise, log_kept_sum, q_log_sum)
         f_lanes, g_lanes = tl.zeros([ENTRIES], tl.float32), tl.zeros([ENTRIES], tl.float32)
         for begin in range(first, last, ENTRIES):
             o_k = begin + o_e
@@ -463,7 +504,7 @@ def sparse_rows_kernel(
             f_lanes += tl.where(here, f, 0.0)
             g_lanes += tl.where(here, g, 0.0)
         divergence, sum_g = tl.sum(f_lanes, 0), tl.sum(g_lanes, 0)
-        tail_logq = tl.log(tail_sum) - q_log_sum
+        tail_logq = log_tail_sum - q_log_sum
         f_tail, g_tail = apply_terms(tail_logp, tail_logq, first_param, second_param, TERMS, N_PARAMS)
         divergence += tl.where(bucket, f_tail, 0.0)
         sum_g += tl.where(bucket, g_tail, 0.0)
