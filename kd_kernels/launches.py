@@ -478,7 +478,7 @@ VERBS: dict[str, Verb] = {
     ),
     "sample": Verb(
         axes={
-            **_ROWS, "columns": (*_ROWS["columns"], 500_000, 1 << 24), "logits": (HEAD, COPY, *CALLERS),
+            **_ROWS, "columns": (*_ROWS["columns"], 32_000, 500_000, 1 << 24), "logits": (HEAD, COPY, *CALLERS),
             "logits_bias": (False, True), "stats": (False, True), "given": (False, True),
             "filters": ((), ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p")),
         },
@@ -491,7 +491,7 @@ VERBS: dict[str, Verb] = {
     ),
     "sample, few rows of a head": Verb(
         axes={
-            **_ROWS, "columns": (*_ROWS["columns"], 500_000, 1 << 24), "rows": (1, 16, 17, 33, 64),
+            **_ROWS, "columns": (*_ROWS["columns"], 32_000, 500_000, 1 << 24), "rows": (1, 16, 17, 33, 64),
             "dtype": (torch.bfloat16, torch.float16), "width": (1, 100, 4096), "logits_bias": (False, True),
             "stats": (False, True), "given": (False,), "filters": ((), ("top_k",), ("top_k", "top_p", "min_p")),
         },
