@@ -83,9 +83,9 @@ def logits_of(raw, bias_ptr, has_bias, o_v, n_columns, factor, height):
     take."""
     if has_bias:
         raw += tl.load(bias_ptr + o_v, mask=o_v < n_columns, other=0.0)
-    z = raw * factor
-    if height > 0:
-        z = tl.where(o_v < n_columns, tanh(z) * height, -float("inf"))
+    z = map_raw(raw, factor, height)
+    if height > 0:  # which makes a finite number of -inf
+        z = tl.where(o_v < n_columns, z, -float("inf"))
     return z
 
 

@@ -36,18 +36,23 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return z.log_softmax(1).unbind(0)
 
 
+def _triton_terms(name: str, logp: torch.Tensor, logq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from tests.triton_terms_kernel import terms_kernel
+
+    f, g = torch.full_like(logp, torch.nan), torch.full_like(logp, torch.nan)
+    terms, values, n = divergences.triton_terms(name), CASES[name].values, logp.numel()
+    params = (*values, 0.0, 0.0)[:2]
+    terms_kernel[(-(-n // 128),)](logp, logq, f, g, n, *params, TERMS=terms, PARAMS=len(values), BLOCK=128)
+    return f, g
+
+
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy on the masked columns
 @pytest.mark.parametrize("name", CASES)
 def test_triton_agrees_with_torch_in_float64(name):
-    from tests.triton_terms_kernel import terms_kernel
-
     divergence = CASES[name]
     logp, logq = _inputs()
-    f, g = torch.full_like(logp, torch.nan), torch.full_like(logp, torch.nan)
-    params = (*divergence.values, 0.0, 0.0)[:2]
-    terms = divergences.triton_terms(name)
-    terms_kernel[(2,)](logp, logq, f, g, 200, *params, TERMS=terms, PARAMS=len(divergence.values), BLOCK=128)
+    f, g = _triton_terms(name, logp, logq)
     expected_f, expected_g = divergences.torch_terms(divergence)(logp.double(), logq.double())
     torch.testing.assert_close(f.double(), expected_f, rtol=2e-5, atol=1e-7)
     torch.testing.assert_close(g.double(), expected_g, rtol=2e-5, atol=1e-7)
@@ -102,9 +107,5 @@ def test_mixtures_are_exact_where_the_models_agree(name, rendering):
     if rendering == "torch":
         f, _ = divergences.torch_terms(divergence)(logp, logq)
     else:
-        from tests.triton_terms_kernel import terms_kernel
-
-        f, g = torch.full_like(logp, torch.nan), torch.full_like(logp, torch.nan)
-        terms, params = divergences.triton_terms(name), (*divergence.values, 0.0, 0.0)[:2]
-        terms_kernel[(5,)](logp, logq, f, g, 5000, *params, TERMS=terms, PARAMS=len(divergence.values), BLOCK=1024)
+        f, _ = _triton_terms(name, logp, logq)
     assert ((f.double() - expected).abs() <= 1.5e-7 * size + 1e-5 * expected.abs()).all()
